@@ -1,0 +1,27 @@
+.DEFAULT_GOAL := help
+
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+GOFUMPT := go run mvdan.cc/gofumpt@v0.12.0
+STATICCHECK := go run honnef.co/go/tools/cmd/staticcheck@v0.8.2
+
+.PHONY: help dev test lint build
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+dev: ## Bring up everything on this machine and show what carpool does
+	go run ./dev
+
+test: ## Install the servers that are missing, then vet and test everything on real ones
+	./scripts/install-test-servers.sh
+	go vet ./...
+	go test -race -count=1 ./...
+
+lint: ## Check the format and look for faults without running anything
+	@unformatted="$$($(GOFUMPT) -l .)" && if [ -n "$$unformatted" ]; then \
+		echo "gofumpt would change:"; echo "$$unformatted"; exit 1; fi
+	go vet ./...
+	$(STATICCHECK) ./...
+
+build: ## Build bin/worker and bin/monitor
+	CGO_ENABLED=0 go build -trimpath -ldflags "-X main.buildVersion=$(VERSION)" -o bin/ ./worker ./monitor

@@ -1,0 +1,218 @@
+package servers
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/url"
+	"os/exec"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// RedisConfig says how a Redis is to be started. The zero value is one without persistence on a free port.
+type RedisConfig struct {
+	// Dir holds the append-only file and is kept. Empty: a temporary folder, removed by Stop.
+	Dir string
+	// Port on 127.0.0.1; 0 picks a free one.
+	Port int
+	// AppendFsync is "always" or "everysec": the data outlives Kill and Restart, and the server if Dir is set. Empty: it
+	// does not.
+	AppendFsync string
+	// Log receives what the server prints. Nil: only the end of it is kept, for errors.
+	Log io.Writer
+}
+
+// RedisDatabases is how many logical databases a started Redis has: /0 up to one less than this.
+const RedisDatabases = 4096
+
+// Redis is a running redis-server, or its twin valkey-server.
+type Redis struct {
+	cfg      RedisConfig
+	program  string
+	home     *home
+	password string
+	port     int
+
+	mu      sync.Mutex // guards what follows
+	server  *process
+	stopped bool
+}
+
+// StartRedis starts redis-server or valkey-server from PATH and returns when it takes commands. The context bounds the
+// start alone: the server runs until Stop. An error that is ErrNotFound names what to install.
+func StartRedis(ctx context.Context, cfg RedisConfig) (*Redis, error) {
+	r, err := startRedis(ctx, cfg, exec.LookPath)
+	if err != nil {
+		return nil, fmt.Errorf("servers: start Redis: %w", err)
+	}
+	return r, nil
+}
+
+func startRedis(ctx context.Context, cfg RedisConfig, lookPath func(string) (string, error)) (*Redis, error) {
+	if f := cfg.AppendFsync; f != "" && f != "always" && f != "everysec" {
+		return nil, fmt.Errorf(`AppendFsync is %q; it must be "", "always" or "everysec"`, f)
+	}
+	program, err := lookPath("redis-server")
+	if err != nil {
+		if program, err = lookPath("valkey-server"); err != nil {
+			return nil, fmt.Errorf("redis-server %w on PATH, nor valkey-server; "+
+				"install one (Debian: apt-get install redis-server; macOS: brew install redis)", ErrNotFound)
+		}
+	}
+	home, err := newHome(cfg.Dir, temporaryRoot(), "carpool-redis-")
+	if err != nil {
+		return nil, err
+	}
+	r := &Redis{cfg: cfg, program: program, home: home, password: newPassword()}
+	err = onSomePort(cfg.Port, func(port int) error {
+		r.port = port
+		return r.start(ctx)
+	})
+	if err != nil {
+		return nil, errors.Join(err, home.close())
+	}
+	return r, nil
+}
+
+// config is the server's configuration. It goes to standard input, since everybody can read a command line.
+func (r *Redis) config() string {
+	lines := []string{
+		"bind 127.0.0.1",
+		"port " + strconv.Itoa(r.port),
+		"requirepass " + r.password,
+		"databases " + strconv.Itoa(RedisDatabases),
+		"dir " + strconv.Quote(r.home.dir),
+		`save ""`,
+		"maxmemory-policy noeviction",
+		"daemonize no",
+	}
+	if r.cfg.AppendFsync == "" {
+		lines = append(lines, "appendonly no")
+	} else {
+		lines = append(lines, "appendonly yes", "appendfsync "+r.cfg.AppendFsync)
+	}
+	return strings.Join(lines, "\n") + "\n"
+}
+
+func (r *Redis) start(ctx context.Context) error {
+	cmd := exec.Command(r.program, "-")
+	cmd.Dir = r.home.dir
+	cmd.Stdin = strings.NewReader(r.config())
+	server, err := startProcess(cmd, "redis-server", r.cfg.Log, syscall.SIGTERM)
+	if err != nil {
+		return err
+	}
+	r.home.dog.watch(server.pid())
+	if err := server.until(ctx, r.isReady(ctx)); err != nil {
+		server.stop(stopGrace, syscall.SIGTERM)
+		r.home.dog.watch(0)
+		return portTaken(err, r.port, "Address already in use")
+	}
+	r.server = server
+	return nil
+}
+
+// isReady asks for a sign of life that only a server which has loaded its data gives, and only ours: it needs the password.
+func (r *Redis) isReady(ctx context.Context) func() bool {
+	return func() bool {
+		conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(r.port)))
+		if err != nil {
+			return false
+		}
+		defer conn.Close()
+		_ = conn.SetDeadline(time.Now().Add(time.Second))
+		if _, err := fmt.Fprintf(conn, "AUTH %s\r\nPING\r\n", r.password); err != nil {
+			return false
+		}
+		const want = "+OK\r\n+PONG\r\n"
+		answer := make([]byte, len(want))
+		_, err = io.ReadFull(conn, answer)
+		return err == nil && string(answer) == want
+	}
+}
+
+// URL leads to the server's database 0.
+func (r *Redis) URL() string { return r.DatabaseURL(0) }
+
+// DatabaseURL leads to the server's nth logical database, 0 up to RedisDatabases-1. Channels of Pub/Sub are common to all
+// of them.
+func (r *Redis) DatabaseURL(n int) string {
+	u := url.URL{
+		Scheme: "redis", User: url.UserPassword("", r.password),
+		Host: net.JoinHostPort("127.0.0.1", strconv.Itoa(r.port)), Path: "/" + strconv.Itoa(n),
+	}
+	return u.String()
+}
+
+// Kill ends the server with SIGKILL, as a crash does. Restart brings it back.
+func (r *Redis) Kill() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.kill()
+}
+
+func (r *Redis) kill() {
+	r.server.stop(stopGrace)
+	<-r.server.done
+	r.home.dog.watch(0)
+}
+
+// Restart kills the server, if it still runs, and starts it again on the same port. What was not persisted is lost.
+func (r *Redis) Restart(ctx context.Context) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.stopped {
+		return errors.New("servers: restart Redis: it has been stopped")
+	}
+	r.kill()
+	if err := r.start(ctx); err != nil {
+		return fmt.Errorf("servers: restart Redis: %w", err)
+	}
+	return nil
+}
+
+// Pause freezes the server (SIGSTOP): connections stay open and nothing answers.
+func (r *Redis) Pause() error { return r.send("pause", sigStop) }
+
+// Resume ends a Pause.
+func (r *Redis) Resume() error { return r.send("resume", sigCont) }
+
+func (r *Redis) send(what string, s syscall.Signal) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.server.ended() {
+		return fmt.Errorf("servers: %s Redis: it does not run", what)
+	}
+	if err := kill(r.server.pid(), s); err != nil {
+		return fmt.Errorf("servers: %s Redis: %w", what, err)
+	}
+	return nil
+}
+
+// Stop ends the server and removes its files, if they are temporary. Stopping twice is safe.
+func (r *Redis) Stop() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.stopped {
+		return nil
+	}
+	r.stopped = true
+	if !r.home.temporary {
+		// A frozen server hears nothing but SIGCONT.
+		if !r.server.ended() {
+			_ = kill(r.server.pid(), sigCont)
+		}
+		r.server.stop(stopGrace, syscall.SIGTERM)
+	}
+	r.kill()
+	if err := r.home.close(); err != nil {
+		return fmt.Errorf("servers: stop Redis: %w", err)
+	}
+	return nil
+}
