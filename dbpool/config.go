@@ -1,0 +1,158 @@
+// Package dbpool is a pool of Postgres connections, on pgx's pgxpool, that lends
+// no dead connection and tells what it does.
+//
+// It has the settings of SQLAlchemy's QueuePool: a size that is kept, an overflow
+// for load, a bounded wait, recycling, and a check before each loan.
+package dbpool
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+// Config says how a pool is made. Begin with [DefaultConfig]: the zero value has
+// no URL and no size, and is refused.
+type Config struct {
+	// URL is a postgres:// URL, or key=value pairs, as pgx reads them. Required.
+	URL string
+	// Size is how many connections are kept; at least 1.
+	Size int
+	// MaxOverflow is how many more may be open under load; 0 is none.
+	MaxOverflow int
+	// OverflowIdle is how long a connection beyond Size stays open unused; 0
+	// closes it within a second.
+	OverflowIdle time.Duration
+	// Timeout is the longest wait for a connection; it must be positive.
+	Timeout time.Duration
+	// Recycle is a connection's longest life, less up to a tenth of it at
+	// random; 0 is for ever.
+	Recycle time.Duration
+	// PrePing checks each connection before it is lent.
+	PrePing bool
+	// PingTimeout bounds each ping; it must be positive.
+	PingTimeout time.Duration
+	// LeakAfter is how long a connection may be out before its holder is logged;
+	// 0 is for ever.
+	LeakAfter time.Duration
+	// Echo logs each SQL statement at INFO, never its arguments.
+	Echo bool
+	// Logger takes what the pool logs; nil is [slog.Default].
+	Logger *slog.Logger
+}
+
+// DefaultConfig has the numbers of a SQLAlchemy QueuePool that served well: 5
+// connections, 5 more under load, 30 s of waiting, half an hour of life, checked
+// before each loan.
+func DefaultConfig(url string) Config {
+	return Config{
+		URL: url, Size: 5, MaxOverflow: 5, OverflowIdle: 5 * time.Second,
+		Timeout: 30 * time.Second, Recycle: 30 * time.Minute,
+		PrePing: true, PingTimeout: 2 * time.Second, LeakAfter: time.Minute,
+	}
+}
+
+// Validate names every fault of the configuration. The error never shows the
+// URL, which may hold a password.
+func (c Config) Validate() error {
+	var faults []string
+	if _, err := c.parseURL(); err != nil {
+		faults = append(faults, err.Error())
+	}
+	if c.Size < 1 {
+		faults = append(faults, fmt.Sprintf("Size is %d; set at least 1, or start from DefaultConfig", c.Size))
+	}
+	if c.MaxOverflow < 0 {
+		faults = append(faults, fmt.Sprintf("MaxOverflow is %d; set 0 for none", c.MaxOverflow))
+	}
+	for _, d := range []struct {
+		name    string
+		value   time.Duration
+		atLeast time.Duration
+	}{
+		{"Timeout", c.Timeout, 1},
+		{"PingTimeout", c.PingTimeout, 1},
+		{"OverflowIdle", c.OverflowIdle, 0},
+		{"Recycle", c.Recycle, 0},
+		{"LeakAfter", c.LeakAfter, 0},
+	} {
+		if d.value < d.atLeast {
+			faults = append(faults, fmt.Sprintf("%s is %s; set a positive time, or start from DefaultConfig", d.name, d.value))
+		}
+	}
+	if len(faults) == 0 {
+		return nil
+	}
+	return errors.New("dbpool: " + strings.Join(faults, "; "))
+}
+
+func (c Config) parseURL() (*pgxpool.Config, error) {
+	if c.URL == "" {
+		return nil, errors.New("the URL is empty; want postgres://user:password@host:5432/name")
+	}
+	cfg, err := pgxpool.ParseConfig(c.URL)
+	if err != nil {
+		// pgx repeats the URL, and hides a password only where it finds it.
+		return nil, errors.New("the URL can't be read; want postgres://user:password@host:5432/name, with special characters in the password %-encoded")
+	}
+	return cfg, nil
+}
+
+const (
+	// A connection to a host that has vanished is found out by the kernel after
+	// these, whether it is idle or waits for an answer.
+	keepAliveIdle     = 15 * time.Second
+	keepAliveInterval = 5 * time.Second
+	keepAliveCount    = 3
+	userTimeout       = 20 * time.Second
+)
+
+func (p *Pool) pgxConfig() (*pgxpool.Config, error) {
+	cfg, err := p.cfg.parseURL()
+	if err != nil {
+		return nil, err
+	}
+	// pgxpool connects and keeps count; what is idle, who waits and what is
+	// checked when is decided here. So its own clockwork is off.
+	const never = 100 * 365 * 24 * time.Hour
+	cfg.MaxConns = int32(p.cfg.Size + p.cfg.MaxOverflow)
+	cfg.MinConns, cfg.MinIdleConns = 0, 0
+	cfg.MaxConnLifetime, cfg.MaxConnLifetimeJitter = never, 0
+	cfg.MaxConnIdleTime, cfg.HealthCheckPeriod = never, never
+	cfg.ShouldPing = func(context.Context, pgxpool.ShouldPingParams) bool { return false }
+	cfg.BeforeConnect = func(_ context.Context, c *pgx.ConnConfig) error {
+		born := p.deaths.Load()
+		then := c.AfterConnect
+		c.AfterConnect = func(ctx context.Context, pg *pgconn.PgConn) error {
+			if then != nil {
+				if err := then(ctx, pg); err != nil {
+					return err
+				}
+			}
+			pg.CustomData()[memberKey] = &member{pool: p, proven: born}
+			return nil
+		}
+		return nil
+	}
+	cfg.ConnConfig.Tracer = tracer{p}
+	dialer := &net.Dialer{
+		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: keepAliveIdle, Interval: keepAliveInterval, Count: keepAliveCount},
+		Control:         setUserTimeout,
+	}
+	cfg.ConnConfig.DialFunc = dialer.DialContext
+	if cfg.ConnConfig.ConnectTimeout <= 0 {
+		cfg.ConnConfig.ConnectTimeout = p.cfg.Timeout
+	}
+	if cfg.ConnConfig.RuntimeParams["application_name"] == "" {
+		cfg.ConnConfig.RuntimeParams["application_name"] = "carpool"
+	}
+	return cfg, nil
+}

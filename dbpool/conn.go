@@ -1,0 +1,306 @@
+package dbpool
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+)
+
+// ErrReleased is returned by a [Conn] that was given back.
+var ErrReleased = errors.New("dbpool: the connection was given back")
+
+// Conn is a lent connection. Like a pgx.Conn it is for one goroutine at a time.
+type Conn struct {
+	member *member
+	loan   uint64
+}
+
+// Release gives the connection back. Releasing twice is safe. A connection that
+// broke, or has an open transaction or open rows, is closed.
+func (c *Conn) Release() {
+	if c.member.loan.CompareAndSwap(c.loan, 0) {
+		c.member.pool.giveBack(c.member)
+	}
+}
+
+func (c *Conn) conn() (*pgx.Conn, error) {
+	if c.member.loan.Load() != c.loan {
+		return nil, ErrReleased
+	}
+	return c.member.conn.Conn(), nil
+}
+
+// Conn returns the connection itself, for what this type doesn't have. It must
+// not be used after Release. It is nil if Release was called.
+func (c *Conn) Conn() *pgx.Conn {
+	conn, err := c.conn()
+	if err != nil {
+		return nil
+	}
+	return conn
+}
+
+// Exec is [pgx.Conn.Exec].
+func (c *Conn) Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error) {
+	conn, err := c.conn()
+	if err != nil {
+		return pgconn.CommandTag{}, err
+	}
+	return conn.Exec(ctx, sql, args...)
+}
+
+// Query is [pgx.Conn.Query].
+func (c *Conn) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
+	conn, err := c.conn()
+	if err != nil {
+		return failedRows{err: err}, err
+	}
+	c.member.rowsOpen.Store(true)
+	r, err := conn.Query(ctx, sql, args...)
+	if err != nil {
+		c.member.rowsOpen.Store(false)
+		return r, err
+	}
+	return &rows{Rows: r, conn: c}, nil
+}
+
+// QueryRow is [pgx.Conn.QueryRow].
+func (c *Conn) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
+	conn, err := c.conn()
+	if err != nil {
+		return failedRows{err: err}
+	}
+	return conn.QueryRow(ctx, sql, args...)
+}
+
+// SendBatch is [pgx.Conn.SendBatch].
+func (c *Conn) SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchResults {
+	conn, err := c.conn()
+	if err != nil {
+		return failedBatch{err: err}
+	}
+	return conn.SendBatch(ctx, b)
+}
+
+// CopyFrom is [pgx.Conn.CopyFrom].
+func (c *Conn) CopyFrom(ctx context.Context, table pgx.Identifier, columns []string, src pgx.CopyFromSource) (int64, error) {
+	conn, err := c.conn()
+	if err != nil {
+		return 0, err
+	}
+	return conn.CopyFrom(ctx, table, columns, src)
+}
+
+// Begin is [pgx.Conn.Begin].
+func (c *Conn) Begin(ctx context.Context) (pgx.Tx, error) { return c.BeginTx(ctx, pgx.TxOptions{}) }
+
+// BeginTx is [pgx.Conn.BeginTx].
+func (c *Conn) BeginTx(ctx context.Context, opts pgx.TxOptions) (pgx.Tx, error) {
+	conn, err := c.conn()
+	if err != nil {
+		return nil, err
+	}
+	t, err := conn.BeginTx(ctx, opts)
+	c.member.tx = t
+	return t, err
+}
+
+// Ping acquires a connection and asks the server for an answer.
+func (p *Pool) Ping(ctx context.Context) error {
+	c, err := p.Acquire(ctx)
+	if err != nil {
+		return err
+	}
+	defer c.Release()
+	if err := c.Conn().Ping(ctx); err != nil {
+		return fmt.Errorf("dbpool: ping: %w", err)
+	}
+	return nil
+}
+
+// Exec acquires a connection for one [pgx.Conn.Exec].
+func (p *Pool) Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error) {
+	var c Conn
+	if err := p.acquire(ctx, &c); err != nil {
+		return pgconn.CommandTag{}, err
+	}
+	defer c.Release()
+	return c.Exec(ctx, sql, args...)
+}
+
+// Query acquires a connection for one [pgx.Conn.Query]. It is given back when
+// the rows are closed, which reading them to their end does.
+func (p *Pool) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
+	c, err := p.Acquire(ctx)
+	if err != nil {
+		return failedRows{err: err}, err
+	}
+	r, err := c.Query(ctx, sql, args...)
+	if err != nil {
+		c.Release()
+		return failedRows{err: err}, err
+	}
+	r.(*rows).release = true
+	return r, nil
+}
+
+// QueryRow acquires a connection for one [pgx.Conn.QueryRow]. It is given back by
+// Scan, which must be called; acquire's error is Scan's too.
+func (p *Pool) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
+	c, err := p.Acquire(ctx)
+	if err != nil {
+		return failedRows{err: err}
+	}
+	c.member.rowsOpen.Store(true)
+	return &row{c.QueryRow(ctx, sql, args...), c}
+}
+
+// SendBatch acquires a connection for one [pgx.Conn.SendBatch]. It is given back
+// when the results are closed, which must be done.
+func (p *Pool) SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchResults {
+	c, err := p.Acquire(ctx)
+	if err != nil {
+		return failedBatch{err: err}
+	}
+	return &batch{c.SendBatch(ctx, b), c}
+}
+
+// CopyFrom acquires a connection for one [pgx.Conn.CopyFrom].
+func (p *Pool) CopyFrom(ctx context.Context, table pgx.Identifier, columns []string, src pgx.CopyFromSource) (int64, error) {
+	c, err := p.Acquire(ctx)
+	if err != nil {
+		return 0, err
+	}
+	defer c.Release()
+	return c.CopyFrom(ctx, table, columns, src)
+}
+
+// Begin acquires a connection and begins a transaction, which gives it back when
+// it ends.
+func (p *Pool) Begin(ctx context.Context) (pgx.Tx, error) { return p.BeginTx(ctx, pgx.TxOptions{}) }
+
+// BeginTx is [Pool.Begin] with options.
+func (p *Pool) BeginTx(ctx context.Context, opts pgx.TxOptions) (pgx.Tx, error) {
+	c, err := p.Acquire(ctx)
+	if err != nil {
+		return nil, err
+	}
+	t, err := c.BeginTx(ctx, opts)
+	if err != nil {
+		c.Release()
+		return nil, err
+	}
+	return &tx{t, c}, nil
+}
+
+// tx gives its connection back when it ends.
+type tx struct {
+	pgx.Tx
+	conn *Conn
+}
+
+func (t *tx) Commit(ctx context.Context) error {
+	err := t.Tx.Commit(ctx)
+	t.conn.Release()
+	return err
+}
+
+func (t *tx) Rollback(ctx context.Context) error {
+	err := t.Tx.Rollback(ctx)
+	t.conn.Release()
+	return err
+}
+
+// rows notes when they are closed, and then gives the connection back if it was
+// acquired for them.
+type rows struct {
+	pgx.Rows
+	conn    *Conn
+	release bool
+}
+
+func (r *rows) Close() {
+	r.Rows.Close()
+	r.conn.member.rowsOpen.Store(false)
+	if r.release {
+		r.conn.Release()
+	}
+}
+
+func (r *rows) Next() bool {
+	if r.Rows.Next() {
+		return true
+	}
+	r.Close()
+	return false
+}
+
+func (r *rows) Scan(dest ...any) error {
+	err := r.Rows.Scan(dest...)
+	if err != nil {
+		r.Close()
+	}
+	return err
+}
+
+func (r *rows) Values() ([]any, error) {
+	values, err := r.Rows.Values()
+	if err != nil {
+		r.Close()
+	}
+	return values, err
+}
+
+type row struct {
+	pgx.Row
+	conn *Conn
+}
+
+func (r *row) Scan(dest ...any) error {
+	defer func() { // also when a Scanner panics
+		r.conn.member.rowsOpen.Store(false)
+		r.conn.Release()
+	}()
+	return r.Row.Scan(dest...)
+}
+
+type batch struct {
+	pgx.BatchResults
+	conn *Conn
+}
+
+func (b *batch) Close() error {
+	err := b.BatchResults.Close()
+	b.conn.Release()
+	return err
+}
+
+// failedRows are what there is when no connection could be acquired.
+type failedRows struct {
+	pgx.Rows
+	err error
+}
+
+func (failedRows) Close()                                       {}
+func (r failedRows) Err() error                                 { return r.err }
+func (failedRows) CommandTag() pgconn.CommandTag                { return pgconn.CommandTag{} }
+func (failedRows) FieldDescriptions() []pgconn.FieldDescription { return nil }
+func (failedRows) Next() bool                                   { return false }
+func (r failedRows) Scan(...any) error                          { return r.err }
+func (r failedRows) Values() ([]any, error)                     { return nil, r.err }
+func (failedRows) RawValues() [][]byte                          { return nil }
+func (failedRows) Conn() *pgx.Conn                              { return nil }
+
+type failedBatch struct {
+	pgx.BatchResults
+	err error
+}
+
+func (b failedBatch) Exec() (pgconn.CommandTag, error) { return pgconn.CommandTag{}, b.err }
+func (b failedBatch) Query() (pgx.Rows, error)         { return failedRows{err: b.err}, b.err }
+func (b failedBatch) QueryRow() pgx.Row                { return failedRows{err: b.err} }
+func (b failedBatch) Close() error                     { return b.err }
+func (failedBatch) Tx() pgx.Tx                         { return nil }

@@ -1,0 +1,159 @@
+package dbpool
+
+import (
+	"context"
+	"crypto/tls"
+	"math/rand/v2"
+	"net"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+// memberKey is where a member stands in its connection's CustomData.
+const memberKey = "carpool/dbpool"
+
+// member is one open connection of the pool. Its fields belong to whoever holds
+// it, the pool under its lock while it is idle, unless they say otherwise.
+type member struct {
+	pool *Pool
+	conn *pgxpool.Conn
+	net  net.Conn
+	raw  syscall.RawConn // nil: can't be peeked at
+
+	// proven is the number of deaths the pool had seen when the connection was
+	// last known to live: a later death makes it a suspect.
+	proven    uint64
+	recycleAt time.Time // zero: never
+	standby   bool      // it was a standby when it was opened
+	idleSince time.Time
+	validated uint64 // the validation that looked at it last
+
+	// Of the present loan:
+	lent     time.Time
+	borrower *Borrower
+	stack    [stackDepth]uintptr
+	reported bool // guarded by the pool's lock
+	queries  int
+	tx       pgx.Tx // the last that was begun
+	broken   bool
+	rowsOpen atomic.Bool
+	loan     atomic.Uint64 // its number; a Conn of another loan is stale
+
+	// Of the present peek, so that it needs no memory.
+	look   func(uintptr)
+	looked peeked
+}
+
+const stackDepth = 12
+
+type peeked int
+
+const (
+	peekQuiet  peeked = iota // alive, as far as the kernel knows
+	peekUnsure               // something is there to be read, or it can't be told
+	peekDead                 // closed by the other end, or broken
+)
+
+func (m *member) attach(c *pgxpool.Conn) {
+	m.conn = c
+	m.net = c.Conn().PgConn().Conn()
+	socket := m.net
+	if t, ok := socket.(*tls.Conn); ok {
+		socket = t.NetConn() // a tls.Conn is no syscall.Conn
+	}
+	if s, ok := socket.(syscall.Conn); ok {
+		if raw, err := s.SyscallConn(); err == nil {
+			m.raw = raw
+		}
+	}
+	m.look = func(fd uintptr) { m.looked = peek(fd) }
+	if r := m.pool.cfg.Recycle; r > 0 {
+		m.recycleAt = time.Now().Add(r - rand.N(r/10+1))
+	}
+	m.standby = m.isStandby()
+}
+
+func (m *member) isStandby() bool {
+	return m.conn.Conn().PgConn().ParameterStatus("in_hot_standby") == "on"
+}
+
+func (m *member) expired(now time.Time) bool {
+	return !m.recycleAt.IsZero() && now.After(m.recycleAt)
+}
+
+// pingIdle is how long a connection may be idle before a quiet socket is no
+// longer proof enough: something between here and there may have forgotten it.
+const pingIdle = 30 * time.Second
+
+// alive reports whether the connection can be lent. Mostly it only looks at the
+// socket.
+func (m *member) alive(ctx context.Context) bool {
+	if m.pool.cfg.PrePing {
+		deaths := m.pool.deaths.Load()
+		if m.proven == deaths && time.Since(m.idleSince) < pingIdle && m.peek() == peekQuiet {
+			return true
+		}
+		return m.ping(ctx)
+	}
+	return true
+}
+
+func (m *member) peek() peeked {
+	if m.raw == nil {
+		return peekUnsure
+	}
+	if err := m.raw.Control(m.look); err != nil {
+		return peekDead
+	}
+	return m.looked
+}
+
+// ping asks the server, within PingTimeout. A standby that was none is as good
+// as dead: a failover has left the connection behind.
+func (m *member) ping(ctx context.Context) bool {
+	if m.peek() == peekDead {
+		m.pool.died()
+		return false
+	}
+	deaths := m.pool.deaths.Load()
+	// Not the caller's context: that it gives up would break the connection.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), m.pool.cfg.PingTimeout)
+	defer cancel()
+	if err := m.conn.Conn().PgConn().Ping(ctx); err != nil {
+		m.pool.died()
+		return false
+	}
+	if m.isStandby() && !m.standby {
+		m.pool.died()
+		return false
+	}
+	m.proven = deaths
+	return true
+}
+
+// usable reports whether the connection is in a state to be lent again.
+func (m *member) usable() bool {
+	pg := m.conn.Conn().PgConn()
+	return !m.broken && !pg.IsClosed() && !pg.IsBusy() && pg.TxStatus() == 'I'
+}
+
+// closeBound is how long closing a connection may take that is not known to be
+// broken.
+const closeBound = time.Second
+
+// close closes the connection. A broken one has its socket closed first, so that
+// nothing waits for a server that doesn't answer.
+func (m *member) close(broken bool) {
+	if broken || m.conn.Conn().IsClosed() {
+		_ = m.net.Close()
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), closeBound)
+	defer cancel()
+	// Out of pgxpool before it is closed: its own closing may take 15 s, and
+	// holds the place of the connection's successor.
+	_ = m.conn.Hijack().Close(ctx)
+}

@@ -1,0 +1,94 @@
+package dbpool
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"strings"
+	"syscall"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+)
+
+// tracer sees every statement on every connection of the pool.
+type tracer struct{ pool *Pool }
+
+func memberOf(conn *pgx.Conn) *member {
+	m, _ := conn.PgConn().CustomData()[memberKey].(*member)
+	return m
+}
+
+func (t tracer) began(ctx context.Context, conn *pgx.Conn, sql string) {
+	if m := memberOf(conn); m != nil {
+		m.queries++
+	}
+	if t.pool.cfg.Echo {
+		t.pool.log.InfoContext(ctx, "sql", "statement", sql)
+	}
+}
+
+func (t tracer) ended(ctx context.Context, conn *pgx.Conn, err error) {
+	m := memberOf(conn)
+	if err == nil || m == nil {
+		return
+	}
+	switch {
+	case isDeath(err), conn.IsClosed() && ctx.Err() == nil:
+		m.broken = true
+		t.pool.died()
+	case isReadOnly(err) && m.isStandby() && !m.standby:
+		m.broken = true
+		t.pool.died()
+	}
+}
+
+// isDeath reports whether err tells that the connection, or the server behind
+// it, is gone: SQLSTATE class 08 (connection), 57P01 to 57P03 (the server is
+// shutting down, crashed or starting), or the end of the socket.
+func isDeath(err error) bool {
+	if e, ok := errors.AsType[*pgconn.PgError](err); ok {
+		return strings.HasPrefix(e.Code, "08") || e.Code == "57P01" || e.Code == "57P02" || e.Code == "57P03"
+	}
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, net.ErrClosed) ||
+		errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ETIMEDOUT)
+}
+
+// isReadOnly is SQLSTATE 25006, which a primary that became a standby gives, but
+// a transaction that was begun READ ONLY as well.
+func isReadOnly(err error) bool {
+	e, ok := errors.AsType[*pgconn.PgError](err)
+	return ok && e.Code == "25006"
+}
+
+func (t tracer) TraceQueryStart(ctx context.Context, conn *pgx.Conn, data pgx.TraceQueryStartData) context.Context {
+	t.began(ctx, conn, data.SQL)
+	return ctx
+}
+
+func (t tracer) TraceQueryEnd(ctx context.Context, conn *pgx.Conn, data pgx.TraceQueryEndData) {
+	t.ended(ctx, conn, data.Err)
+}
+
+func (t tracer) TraceBatchStart(ctx context.Context, conn *pgx.Conn, data pgx.TraceBatchStartData) context.Context {
+	for _, q := range data.Batch.QueuedQueries {
+		t.began(ctx, conn, q.SQL)
+	}
+	return ctx
+}
+
+func (t tracer) TraceBatchQuery(context.Context, *pgx.Conn, pgx.TraceBatchQueryData) {}
+
+func (t tracer) TraceBatchEnd(ctx context.Context, conn *pgx.Conn, data pgx.TraceBatchEndData) {
+	t.ended(ctx, conn, data.Err)
+}
+
+func (t tracer) TraceCopyFromStart(ctx context.Context, conn *pgx.Conn, data pgx.TraceCopyFromStartData) context.Context {
+	t.began(ctx, conn, "COPY "+data.TableName.Sanitize()+" FROM STDIN")
+	return ctx
+}
+
+func (t tracer) TraceCopyFromEnd(ctx context.Context, conn *pgx.Conn, data pgx.TraceCopyFromEndData) {
+	t.ended(ctx, conn, data.Err)
+}
