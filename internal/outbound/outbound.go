@@ -1,0 +1,233 @@
+// Package outbound is what jobs may call on the network: public addresses, and
+// those that the operator allows.
+//
+// Whoever can enqueue a job can make the worker send requests, from inside the
+// network where databases and metadata services trust their callers. So the
+// check is on the address that is dialled, after names are resolved: neither a
+// name that points inside, nor one that points elsewhere the second time it is
+// asked for, nor a redirect leads round it.
+package outbound
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// Guard decides which addresses may be called. A nil Guard allows public ones
+// only. It may be used by several goroutines at once.
+type Guard struct {
+	hosts    map[string]bool // lower case, without a final dot
+	networks []netip.Prefix
+	resolver *net.Resolver // nil: the system's
+}
+
+// New makes a Guard that allows, beside public addresses, those in allow: a
+// comma-separated list of IP addresses, CIDRs, and names of hosts. A name
+// stands for itself, not for names below it, and may resolve to any address.
+// The error names every entry that is none of these.
+func New(allow string) (*Guard, error) {
+	g := &Guard{hosts: make(map[string]bool)}
+	var faults []error
+	for entry := range strings.SplitSeq(allow, ",") {
+		entry = strings.TrimSpace(entry)
+		if entry == "" {
+			continue
+		}
+		if err := g.allow(entry); err != nil {
+			faults = append(faults, fmt.Errorf("%.100q %w", entry, err))
+		}
+	}
+	if err := errors.Join(faults...); err != nil {
+		return nil, errors.New(strings.ReplaceAll(err.Error(), "\n", "; "))
+	}
+	return g, nil
+}
+
+func (g *Guard) allow(entry string) error {
+	if strings.Contains(entry, "/") {
+		p, err := netip.ParsePrefix(entry)
+		switch {
+		case err != nil:
+			return errors.New("is not a CIDR such as 10.1.0.0/16 or fd00::/8")
+		case p.Addr().Is4In6():
+			return errors.New("is IPv4 written as IPv6; write it as 10.1.0.0/16")
+		case p != p.Masked():
+			return fmt.Errorf("has bits beyond the prefix; did you mean %s?", p.Masked())
+		}
+		g.networks = append(g.networks, p)
+		return nil
+	}
+	if a, err := netip.ParseAddr(strings.Trim(entry, "[]")); err == nil {
+		if a.Zone() != "" {
+			return errors.New("has a zone; leave out what follows the %")
+		}
+		a = a.Unmap()
+		g.networks = append(g.networks, netip.PrefixFrom(a, a.BitLen()))
+		return nil
+	}
+	host := normalHost(entry)
+	if err := checkHost(host); err != nil {
+		return err
+	}
+	g.hosts[host] = true
+	return nil
+}
+
+func normalHost(host string) string { return strings.ToLower(strings.TrimSuffix(host, ".")) }
+
+func checkHost(host string) error {
+	bad := errors.New("is not the name of a host, an IP address or a CIDR; it has no scheme, port, path or wildcard")
+	if len(host) > 253 { // RFC 1035, without the length bytes
+		return bad
+	}
+	last := ""
+	for label := range strings.SplitSeq(host, ".") {
+		if label == "" || len(label) > 63 {
+			return bad
+		}
+		for _, c := range label {
+			switch {
+			case 'a' <= c && c <= 'z', '0' <= c && c <= '9', c == '-', c == '_':
+			case c > 127:
+				return errors.New("is not ASCII; write it in its xn-- form")
+			default:
+				return bad
+			}
+		}
+		last = label
+	}
+	// Nothing but an IPv4 address ends in a number: https://url.spec.whatwg.org/#ends-in-a-number-checker
+	if strings.Trim(last, "0123456789") == "" || strings.HasPrefix(last, "0x") {
+		return errors.New("looks like an IPv4 address, but is none; write it as 10.1.2.3")
+	}
+	return nil
+}
+
+// BlockedError is a call that a Guard refused. To try again is of no use.
+type BlockedError struct {
+	// Addr is the address that would have been called. It is invalid if a
+	// redirect was refused for another reason.
+	Addr netip.Addr
+	// Reason completes the sentence: the kind of the address, such as
+	// "a private address"; or what is wrong with the redirect.
+	Reason string
+}
+
+func (e *BlockedError) Error() string {
+	if !e.Addr.IsValid() {
+		return "outbound: " + e.Reason
+	}
+	return fmt.Sprintf("outbound: %s is %s; allow it with OUTBOUND_ALLOW=%[1]s", e.Addr, e.Reason)
+}
+
+const (
+	connectTimeout = 10 * time.Second
+	// headerTimeout is long enough for a server that makes a report first.
+	headerTimeout = time.Minute
+	maxRedirects  = 5
+)
+
+// Client returns a client of the caller's own that the guard's rules hold for;
+// what they forbid is a [BlockedError]. Each request gets a connection of its
+// own, closed with the response, so that no job meets one that another left
+// behind. Connecting, the TLS handshake and the wait for the response's header
+// are bounded; the whole is bounded by the request's context, and the size of
+// the body by its reader. Proxies in the environment are not used: behind one,
+// the address that is called would not be known.
+//
+// Up to five redirects are followed, but not from https to http. To follow none,
+// set the client's CheckRedirect.
+func (g *Guard) Client() *http.Client {
+	return &http.Client{
+		Transport: &http.Transport{
+			DialContext:            g.dial,
+			TLSHandshakeTimeout:    connectTimeout,
+			ResponseHeaderTimeout:  headerTimeout,
+			MaxResponseHeaderBytes: 64 << 10,
+			DisableKeepAlives:      true,
+		},
+		CheckRedirect: checkRedirect,
+	}
+}
+
+func checkRedirect(req *http.Request, via []*http.Request) error {
+	from := via[len(via)-1].URL.Scheme
+	switch to := req.URL.Scheme; {
+	case len(via) > maxRedirects:
+		return &BlockedError{Reason: fmt.Sprintf("there are more than %d redirects", maxRedirects)}
+	case to != "https" && to != "http":
+		return &BlockedError{Reason: fmt.Sprintf("a redirect to a %.20s: URL is not followed", to)}
+	case from == "https" && to == "http":
+		return &BlockedError{Reason: "a redirect from https to http is not followed"}
+	}
+	// net/http would tell the next server the whole URL, with a token in its query.
+	req.Header.Del("Referer")
+	return nil
+}
+
+func (g *Guard) dial(ctx context.Context, network, address string) (net.Conn, error) {
+	host, _, err := net.SplitHostPort(address)
+	if err != nil {
+		return nil, fmt.Errorf("outbound: %w", err)
+	}
+	dialer := &net.Dialer{Timeout: connectTimeout}
+	if g != nil {
+		dialer.Resolver = g.resolver
+	}
+	if g == nil || !g.hosts[normalHost(host)] {
+		dialer.Control = g.control
+	}
+	conn, err := dialer.DialContext(ctx, network, address)
+	if blocked, ok := errors.AsType[*BlockedError](err); ok {
+		return nil, blocked
+	}
+	return conn, err
+}
+
+// control is called with each address before it is connected to.
+func (g *Guard) control(_, address string, _ syscall.RawConn) error {
+	ap, err := netip.ParseAddrPort(address)
+	if err != nil {
+		return fmt.Errorf("outbound: %w", err)
+	}
+	return g.check(ap.Addr())
+}
+
+// check returns a [BlockedError] if the address must not be called.
+func (g *Guard) check(a netip.Addr) error {
+	// An address with a zone is in no prefix.
+	a = a.WithZone("").Unmap()
+	if g.allows(a) {
+		return nil
+	}
+	target := a
+	if wellKnownNAT64.Contains(a) {
+		b := a.As16()
+		if target = netip.AddrFrom4([4]byte(b[12:])); g.allows(target) {
+			return nil
+		}
+	}
+	if kind := specialKind(target); kind != "" {
+		return &BlockedError{Addr: a, Reason: kind}
+	}
+	return nil
+}
+
+func (g *Guard) allows(a netip.Addr) bool {
+	if g == nil {
+		return false
+	}
+	for _, network := range g.networks {
+		if network.Contains(a) {
+			return true
+		}
+	}
+	return false
+}

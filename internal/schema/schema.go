@@ -1,0 +1,118 @@
+// Package schema holds carpool's own tables in Postgres, as migrations.
+package schema
+
+import (
+	"context"
+	"database/sql"
+	"embed"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	_ "github.com/jackc/pgx/v5/stdlib" // the driver that goose uses
+	"github.com/pressly/goose/v3"
+	"github.com/pressly/goose/v3/database"
+	"github.com/pressly/goose/v3/lock"
+)
+
+//go:embed migrations/*.sql
+var migrations embed.FS
+
+// versionTable is goose's own.
+const versionTable = "carpool.schema_version"
+
+// makeSchema comes before the first migration, since goose's table needs the
+// schema. IF NOT EXISTS alone fails when two run at once. The lock's number is
+// "carpool" in ASCII.
+const makeSchema = `DO $$ BEGIN
+	PERFORM pg_advisory_xact_lock(27973166834872172);
+	CREATE SCHEMA IF NOT EXISTS carpool;
+END $$`
+
+// Migrate brings the database at url up to date and logs each migration it
+// applies. Several may run at once: an advisory lock lets one work and the
+// others wait.
+func Migrate(ctx context.Context, url string, log *slog.Logger) error {
+	db, provider, err := open(url)
+	if err != nil {
+		return err
+	}
+	defer db.Close()
+	if _, err := db.ExecContext(ctx, makeSchema); err != nil {
+		return fmt.Errorf("schema: migrate: %w", err)
+	}
+	results, err := provider.Up(ctx)
+	for _, r := range results {
+		log.Info("migration applied", "version", r.Source.Version, "took_ms", r.Duration.Milliseconds())
+	}
+	if err != nil {
+		return fmt.Errorf("schema: migrate: %w", err)
+	}
+	if len(results) == 0 {
+		log.Info("the database is up to date")
+	}
+	return nil
+}
+
+// ErrBehind is wrapped by [Check]'s error for a database that lacks migrations.
+var ErrBehind = errors.New("the database lacks carpool's tables, or their newest form; run: worker migrate")
+
+// Check reports whether the database has every migration this
+// program was built with; if not, the error wraps [ErrBehind]. One that has newer ones is fine: it is a deploy's
+// next version that has migrated already.
+func Check(ctx context.Context, db interface {
+	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
+},
+) error {
+	var have int64
+	err := db.QueryRow(ctx, "SELECT coalesce(max(version_id), 0) FROM "+versionTable+" WHERE is_applied").Scan(&have)
+	if e, ok := errors.AsType[*pgconn.PgError](err); ok && e.Code == "42P01" { // undefined_table
+		return ErrBehind
+	}
+	if err != nil {
+		return fmt.Errorf("schema: check: %w", err)
+	}
+	if have < newest() {
+		return ErrBehind
+	}
+	return nil
+}
+
+func newest() int64 {
+	names, err := fs.Glob(migrations, "migrations/*.sql")
+	if err != nil || len(names) == 0 {
+		panic("schema: no migrations are embedded")
+	}
+	v, err := goose.NumericComponent(names[len(names)-1])
+	if err != nil {
+		panic(err)
+	}
+	return v
+}
+
+func open(url string) (*sql.DB, *goose.Provider, error) {
+	db, err := sql.Open("pgx", url)
+	if err != nil {
+		return nil, nil, fmt.Errorf("schema: %w", err)
+	}
+	locker, err := lock.NewPostgresSessionLocker()
+	if err != nil {
+		return nil, nil, errors.Join(fmt.Errorf("schema: %w", err), db.Close())
+	}
+	store, err := database.NewStore(database.DialectPostgres, versionTable)
+	if err != nil {
+		return nil, nil, errors.Join(fmt.Errorf("schema: %w", err), db.Close())
+	}
+	dir, err := fs.Sub(migrations, "migrations")
+	if err != nil {
+		return nil, nil, errors.Join(fmt.Errorf("schema: %w", err), db.Close())
+	}
+	provider, err := goose.NewProvider("", db, dir, goose.WithStore(store), goose.WithSessionLocker(locker))
+	if err != nil {
+		return nil, nil, errors.Join(fmt.Errorf("schema: %w", err), db.Close())
+	}
+	return db, provider, nil
+}
