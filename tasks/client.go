@@ -1,0 +1,268 @@
+package tasks
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/hibiken/asynq"
+	"github.com/redis/go-redis/v9"
+)
+
+// Client enqueues jobs. It is safe for concurrent use.
+type Client struct {
+	rdb       redis.UniversalClient
+	asynq     *asynq.Client
+	inspector *asynq.Inspector
+}
+
+// NewClient returns a client that enqueues through rdb, see [OpenRedis]. The
+// caller closes rdb; the client itself holds nothing.
+func NewClient(rdb redis.UniversalClient) *Client {
+	return &Client{rdb, asynq.NewClientFromRedisClient(rdb), asynq.NewInspectorFromRedisClient(rdb)}
+}
+
+// EnqueueOptions override a kind's [Options] for one job. The zero value
+// overrides nothing.
+type EnqueueOptions struct {
+	// Queue, MaxRetry, Timeout and Retention as in [Options]; zero means the
+	// kind's own.
+	Queue     string
+	MaxRetry  int
+	Timeout   time.Duration
+	Retention time.Duration
+	// RunAt is the time before which the job isn't run; zero, or one that has
+	// passed, means at once.
+	RunAt time.Time
+	// UniqueKey, if set, is held by at most one job of the kind that has not
+	// ended: enqueueing another one returns a [DuplicateError] that names it.
+	UniqueKey string
+}
+
+// Enqueue validates the payload and puts a job that carries it on its queue; a
+// nil opts overrides nothing. When it returns without an error, Redis has the
+// job. When it fails because Redis did not answer, the job may have been
+// enqueued or not; a UniqueKey makes it safe to try again.
+//
+// The errors: a [PayloadError] for a payload that is not valid, a
+// [DuplicateError], or what Redis said.
+func (c *Client) Enqueue(ctx context.Context, p Payload, opts *EnqueueOptions) (*asynq.TaskInfo, error) {
+	if err := p.Validate(); err != nil {
+		return nil, fmt.Errorf("tasks: enqueue: %w", Permanent(&PayloadError{p.Kind(), err}))
+	}
+	data, err := json.Marshal(p)
+	if err != nil {
+		return nil, fmt.Errorf("tasks: enqueue %s: %w", p.Kind(), err)
+	}
+	if opts == nil {
+		opts = &EnqueueOptions{}
+	}
+	o := p.Options()
+	if opts.Queue != "" {
+		o.Queue = opts.Queue
+	}
+	if opts.MaxRetry != 0 {
+		o.MaxRetry = opts.MaxRetry
+	}
+	if opts.Timeout != 0 {
+		o.Timeout = opts.Timeout
+	}
+	if opts.Retention != 0 {
+		o.Retention = opts.Retention
+	}
+	o = o.withDefaults()
+
+	id, err := uuid.NewV7() // in the order of time, which an index on it likes
+	if err != nil {
+		return nil, fmt.Errorf("tasks: enqueue %s: %w", p.Kind(), err)
+	}
+	asynqOpts := []asynq.Option{
+		asynq.TaskID(id.String()), asynq.Queue(o.Queue), asynq.MaxRetry(o.MaxRetry),
+		asynq.Timeout(o.Timeout + TimeoutGrace), asynq.Retention(o.Retention),
+	}
+	if opts.RunAt.After(time.Now()) {
+		asynqOpts = append(asynqOpts, asynq.ProcessAt(opts.RunAt))
+	}
+	if opts.UniqueKey == "" {
+		info, err := c.asynq.EnqueueContext(ctx, asynq.NewTask(p.Kind(), data), asynqOpts...)
+		if err != nil {
+			return nil, fmt.Errorf("tasks: enqueue %s: %w", p.Kind(), err)
+		}
+		return info, nil
+	}
+
+	lock := uniqueLock{
+		key: uniqueLockKey(p.Kind(), opts.UniqueKey),
+		id:  id.String(), queue: o.Queue, since: time.Now(),
+	}
+	if err := c.takeUnique(ctx, lock, opts); err != nil {
+		return nil, err
+	}
+	task := asynq.NewTaskWithHeaders(p.Kind(), data, map[string]string{uniqueHeader: lock.key})
+	info, err := c.asynq.EnqueueContext(ctx, task, asynqOpts...)
+	if err != nil {
+		// The job may be there all the same, if only the answer was lost. Then
+		// it holds its key; if not, the key is free again after uniqueGrace.
+		return nil, fmt.Errorf("tasks: enqueue %s: %w", p.Kind(), err)
+	}
+	return info, nil
+}
+
+// uniqueHeader carries the key of a job's unique lock with the job.
+const uniqueHeader = "carpool-unique"
+
+// uniqueGrace is how long a unique key is left to a holder that can't be found:
+// its enqueuer may be between taking the key and enqueueing the job.
+const uniqueGrace = 30 * time.Second
+
+// uniqueTTL bounds how long Redis keeps the key of a job after the time it was
+// to run at. Keys are given up when their job ends; this is for the keys of jobs
+// that were deleted by hand.
+const uniqueTTL = 30 * 24 * time.Hour
+
+// uniqueLock is the holder of a unique key, as Redis keeps it.
+type uniqueLock struct {
+	key, id, queue string
+	since          time.Time
+}
+
+func uniqueLockKey(kind, key string) string { return "carpool:unique:" + kind + ":" + key }
+
+func (l uniqueLock) String() string {
+	return l.id + " " + strconv.FormatInt(l.since.UnixMilli(), 10) + " " + l.queue
+}
+
+func parseUniqueLock(key, s string) (uniqueLock, bool) {
+	id, rest, _ := strings.Cut(s, " ")
+	ms, queue, ok := strings.Cut(rest, " ")
+	at, err := strconv.ParseInt(ms, 10, 64)
+	return uniqueLock{key, id, queue, time.UnixMilli(at)}, ok && err == nil
+}
+
+// replaceIf sets a key if it still has the value seen, and deletes it if the
+// new value is empty.
+var replaceIf = redis.NewScript(`
+if redis.call("GET", KEYS[1]) ~= ARGV[1] then return 0 end
+if ARGV[2] == "" then return redis.call("DEL", KEYS[1]) end
+redis.call("SET", KEYS[1], ARGV[2], "PX", ARGV[3])
+return 1`)
+
+// takeUnique takes the key for the job to be enqueued, from nobody or from a
+// holder that has ended. A fixed task ID would be simpler, but then a finished
+// job that is kept for its result, or an archived one, blocks the key.
+func (c *Client) takeUnique(ctx context.Context, lock uniqueLock, opts *EnqueueOptions) error {
+	ttl := uniqueTTL + max(0, time.Until(opts.RunAt))
+	for {
+		err := c.rdb.SetArgs(ctx, lock.key, lock.String(), redis.SetArgs{Mode: "NX", TTL: ttl}).Err()
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, redis.Nil) {
+			return fmt.Errorf("tasks: enqueue: unique key: %w", err)
+		}
+		seen, err := c.rdb.Get(ctx, lock.key).Result()
+		if errors.Is(err, redis.Nil) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("tasks: enqueue: unique key: %w", err)
+		}
+		if holder, ok := parseUniqueLock(lock.key, seen); ok {
+			if holder.id == lock.id {
+				return nil // the first SET was answered to nobody
+			}
+			ended, err := c.ended(holder)
+			if err != nil {
+				return fmt.Errorf("tasks: enqueue: unique key: %w", err)
+			}
+			if !ended {
+				return &DuplicateError{Key: opts.UniqueKey, ID: holder.id, Queue: holder.queue}
+			}
+		}
+		replaced, err := replaceIf.Run(ctx, c.rdb, []string{lock.key}, seen, lock.String(), ttl.Milliseconds()).Int()
+		if err != nil {
+			return fmt.Errorf("tasks: enqueue: unique key: %w", err)
+		}
+		if replaced == 1 {
+			return nil
+		}
+	}
+}
+
+func (c *Client) ended(l uniqueLock) (bool, error) {
+	info, err := c.inspector.GetTaskInfo(l.queue, l.id)
+	if errors.Is(err, asynq.ErrTaskNotFound) || errors.Is(err, asynq.ErrQueueNotFound) {
+		return time.Since(l.since) > uniqueGrace, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	return info.State == asynq.TaskStateCompleted || info.State == asynq.TaskStateArchived, nil
+}
+
+// ReleaseUnique gives up the unique key that a job with these headers holds, if
+// it holds one. The worker calls it when the job has ended.
+func (c *Client) ReleaseUnique(ctx context.Context, id string, headers map[string]string) error {
+	key := headers[uniqueHeader]
+	if key == "" {
+		return nil
+	}
+	seen, err := c.rdb.Get(ctx, key).Result()
+	if errors.Is(err, redis.Nil) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("tasks: release unique key: %w", err)
+	}
+	if holder, ok := parseUniqueLock(key, seen); !ok || holder.id != id {
+		return nil
+	}
+	if err := replaceIf.Run(ctx, c.rdb, []string{key}, seen, "", 0).Err(); err != nil {
+		return fmt.Errorf("tasks: release unique key: %w", err)
+	}
+	return nil
+}
+
+// ErrJobFailed is wrapped by the error of [Client.Wait] for a job that was
+// archived.
+var ErrJobFailed = errors.New("job failed")
+
+// waitEvery is how often Wait looks. asynq announces nothing when a job ends.
+const waitEvery = 50 * time.Millisecond
+
+// Wait waits until a job has ended and returns its result as JSON, nil if it
+// has none or was not retained. An archived job is an error that wraps
+// [ErrJobFailed] and holds the reason. progress, if not nil, is called with the
+// job's state and its result so far whenever they change.
+func (c *Client) Wait(ctx context.Context, queue, id string, progress func(state asynq.TaskState, result []byte)) ([]byte, error) {
+	tick := time.NewTicker(waitEvery)
+	defer tick.Stop()
+	var last string
+	for {
+		info, err := c.inspector.GetTaskInfo(queue, id)
+		switch {
+		case errors.Is(err, asynq.ErrTaskNotFound):
+			return nil, nil // done, and not retained
+		case err != nil:
+			return nil, fmt.Errorf("tasks: wait for job %s: %w", id, err)
+		case info.State == asynq.TaskStateCompleted:
+			return info.Result, nil
+		case info.State == asynq.TaskStateArchived:
+			return nil, fmt.Errorf("%w: %s", ErrJobFailed, info.LastErr)
+		}
+		if now := info.State.String() + string(info.Result); progress != nil && now != last {
+			progress(info.State, info.Result)
+			last = now
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("tasks: wait for job %s: %w", id, context.Cause(ctx))
+		case <-tick.C:
+		}
+	}
+}

@@ -1,0 +1,153 @@
+package tasks_test
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/hibiken/asynq"
+
+	"github.com/carpool-go/carpool/tasks"
+	"github.com/carpool-go/carpool/tasks/taskstest"
+)
+
+func TestClient_EnqueueTakesTheKindsOptionsUnlessOverridden(t *testing.T) {
+	t.Parallel()
+	kit := taskstest.New(t)
+	type summary struct {
+		Queue              string
+		MaxRetry           int
+		Timeout, Retention time.Duration
+		State              string
+	}
+	runAt := time.Now().Add(time.Hour)
+	for _, c := range []struct {
+		name string
+		opts *tasks.EnqueueOptions
+		want summary
+	}{
+		{"defaults", nil, summary{"default", 10, 10 * time.Minute, 0, "pending"}},
+		{
+			"all overridden",
+			&tasks.EnqueueOptions{Queue: "low", MaxRetry: 2, Timeout: time.Second, Retention: time.Hour, RunAt: runAt},
+			summary{"low", 2, time.Second, time.Hour, "scheduled"},
+		},
+		{"no retry", &tasks.EnqueueOptions{MaxRetry: tasks.NoRetry}, summary{"default", 0, 10 * time.Minute, 0, "pending"}},
+		{"a time that has passed", &tasks.EnqueueOptions{RunAt: time.Now().Add(-time.Hour)}, summary{"default", 10, 10 * time.Minute, 0, "pending"}},
+	} {
+		info, err := kit.Client.Enqueue(t.Context(), parcel{To: c.name}, c.opts)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := summary{info.Queue, info.MaxRetry, info.Timeout - tasks.TimeoutGrace, info.Retention, info.State.String()}
+		if diff := cmp.Diff(c.want, got); diff != "" {
+			t.Errorf("%s: (-want +got)\n%s", c.name, diff)
+		}
+		kit.RequireEnqueued(t, parcel{To: c.name})
+	}
+}
+
+func TestClient_EnqueueRefusesAPayloadThatIsNotValid(t *testing.T) {
+	t.Parallel()
+	kit := taskstest.New(t)
+	_, err := kit.Client.Enqueue(t.Context(), parcel{}, nil)
+	if _, ok := errors.AsType[*tasks.PayloadError](err); !ok || !strings.Contains(err.Error(), "parcel:send payload: to: must not be empty") {
+		t.Errorf("error %v", err)
+	}
+	kit.RequireNothingEnqueued(t)
+}
+
+func TestClient_UniqueKeyLetsOneOfManyThrough(t *testing.T) {
+	t.Parallel()
+	kit := taskstest.New(t)
+	var enqueued atomic.Int64
+	var wg sync.WaitGroup
+	for range 20 {
+		wg.Go(func() {
+			_, err := kit.Client.Enqueue(t.Context(), parcel{To: "Ada"}, &tasks.EnqueueOptions{UniqueKey: "k"})
+			if _, duplicate := errors.AsType[*tasks.DuplicateError](err); err == nil {
+				enqueued.Add(1)
+			} else if !duplicate {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if n := enqueued.Load(); n != 1 {
+		t.Errorf("%d jobs were enqueued with one unique key", n)
+	}
+	kit.RequireEnqueued(t, parcel{To: "Ada"})
+}
+
+func TestClient_UniqueKeyOfAJobThatWasDeletedByHandIsTakenOver(t *testing.T) {
+	t.Parallel()
+	kit := taskstest.New(t)
+	rdb, err := tasks.OpenRedis(kit.RedisURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer rdb.Close()
+	// A holder that is not on its queue, and has had time enough to get there.
+	const key = "carpool:unique:parcel:send:k"
+	if err := rdb.Set(t.Context(), key, "gone 1000 default", 0).Err(); err != nil {
+		t.Fatal(err)
+	}
+	opts := &tasks.EnqueueOptions{UniqueKey: "k"}
+	info, err := kit.Client.Enqueue(t.Context(), parcel{To: "Ada"}, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = kit.Client.Enqueue(t.Context(), parcel{To: "Ada"}, opts)
+	if dup, ok := errors.AsType[*tasks.DuplicateError](err); !ok || dup.ID != info.ID {
+		t.Errorf("error %v, want a DuplicateError that names %s", err, info.ID)
+	}
+	if err := kit.Client.ReleaseUnique(t.Context(), "another job", map[string]string{"carpool-unique": key}); err != nil {
+		t.Fatal(err)
+	}
+	if n := rdb.Exists(t.Context(), key).Val(); n != 1 {
+		t.Error("a job gave up a key that another one holds")
+	}
+}
+
+func TestClient_WaitShowsProgressAndEndsWithItsContext(t *testing.T) {
+	t.Parallel()
+	kit := taskstest.New(t)
+	info, err := kit.Client.Enqueue(t.Context(), parcel{To: "Ada"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stop := errors.New("enough")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	_, err = kit.Client.Wait(ctx, info.Queue, info.ID, func(state asynq.TaskState, _ []byte) {
+		if state == asynq.TaskStatePending {
+			cancel(stop)
+		}
+	})
+	if !errors.Is(err, stop) {
+		t.Errorf("error %v, want the cause of the context's end", err)
+	}
+}
+
+func TestJob_ProgressIsWrittenAtMostOnceASecond(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var written []string
+		job := &tasks.Job{WriteResult: func(b []byte) error { written = append(written, string(b)); return nil }}
+		for i := range 25 {
+			if err := job.Progress(t.Context(), map[string]int{"rows": i}); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
+		want := []string{`{"progress":{"rows":0}}`, `{"progress":{"rows":10}}`, `{"progress":{"rows":20}}`}
+		if diff := cmp.Diff(want, written); diff != "" {
+			t.Errorf("(-want +got)\n%s", diff)
+		}
+	})
+}

@@ -1,0 +1,963 @@
+package tasks_test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"runtime/metrics"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/jackc/pgx/v5"
+	"pgregory.net/rapid"
+
+	"github.com/carpool-go/carpool/internal/outbound"
+	"github.com/carpool-go/carpool/tasks"
+	"github.com/carpool-go/carpool/tasks/taskstest"
+)
+
+// imports is an importer with a folder of its own, on a database of its own.
+type imports struct {
+	*taskstest.Kit
+	tasks.CSVImporter
+}
+
+func newImports(t testing.TB) *imports {
+	t.Helper()
+	guard, err := outbound.New("127.0.0.1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &imports{taskstest.New(t), tasks.CSVImporter{ImportDir: t.TempDir(), Outbound: guard}}
+}
+
+func (i *imports) write(t testing.TB, name, content string) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(i.ImportDir, name), []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// run imports a text into the table t.
+func (i *imports) run(t testing.TB, mode, content string) (tasks.CSVImportResult, error) {
+	t.Helper()
+	i.write(t, "t.csv", content)
+	return i.runFrom(t, mode, "file:///t.csv")
+}
+
+func (i *imports) runFrom(t testing.TB, mode, source string) (tasks.CSVImportResult, error) {
+	t.Helper()
+	return taskstest.Run(t, i.Kit, i.Handle, tasks.CSVImport{Source: source, Table: "t", Mode: mode})
+}
+
+func (i *imports) exec(t testing.TB, sql string) {
+	t.Helper()
+	if _, err := i.DB.Exec(t.Context(), sql); err != nil {
+		t.Fatalf("%s: %v", sql, err)
+	}
+}
+
+// rows returns a query's rows, their values as text, NULL as "NULL".
+func (i *imports) rows(t testing.TB, sql string) []string {
+	t.Helper()
+	rows, err := i.DB.Query(t.Context(), sql, pgx.QueryExecModeSimpleProtocol)
+	if err != nil {
+		t.Fatalf("%s: %v", sql, err)
+	}
+	defer rows.Close()
+	var all []string
+	for rows.Next() {
+		var fields []string
+		for _, v := range rows.RawValues() {
+			if v == nil {
+				fields = append(fields, "NULL")
+			} else {
+				fields = append(fields, string(v))
+			}
+		}
+		all = append(all, strings.Join(fields, "|"))
+	}
+	if err := rows.Err(); err != nil {
+		t.Fatalf("%s: %v", sql, err)
+	}
+	return all
+}
+
+// table is all there is to know of imports.t, and of what an import might leave
+// behind in its schema.
+func (i *imports) table(t testing.TB) []string {
+	t.Helper()
+	all := i.rows(t, `SELECT relname, relkind FROM pg_class WHERE relnamespace = 'imports'::regnamespace ORDER BY 1`)
+	all = append(all, i.rows(t, `SELECT attname, format_type(atttypid, atttypmod) FROM pg_attribute
+		WHERE attrelid = to_regclass('imports.t') AND attnum > 0 ORDER BY attnum`)...)
+	if len(all) > 0 {
+		all = append(all, i.rows(t, `SELECT t::text FROM imports.t ORDER BY 1`)...)
+	}
+	return all
+}
+
+func types(r tasks.CSVImportResult) string {
+	var all []string
+	for _, c := range r.Columns {
+		all = append(all, c.Name+" "+c.Type)
+	}
+	return strings.Join(all, ", ")
+}
+
+func want[T any](t testing.TB, what string, got, want T) {
+	t.Helper()
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("%s (-want +got):\n%s", what, diff)
+	}
+}
+
+func TestCSVImport_SeattleWeather(t *testing.T) {
+	t.Parallel()
+	i := newImports(t)
+	i.ImportDir = "../dev/data"
+	result, err := i.runFrom(t, "replace", "file:///seattle-weather.csv")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want(t, "result", result, tasks.CSVImportResult{
+		Table: "imports.t", Rows: 1461, Bytes: 48219, Columns: []tasks.CSVColumn{
+			{"date", "date"}, {"precipitation", "double precision"}, {"temp_max", "double precision"},
+			{"temp_min", "double precision"}, {"wind", "double precision"}, {"weather", "text"},
+		},
+	})
+	want(t, "a day", i.rows(t, `SELECT * FROM imports.t WHERE date = '2012-01-02'`), []string{"2012-01-02|10.9|10.6|2.8|4.5|rain"})
+	want(t, "count", i.rows(t, `SELECT count(*), min(date), max(date) FROM imports.t`), []string{"1461|2012-01-01|2015-12-31"})
+}
+
+func TestCSVImport_Airports(t *testing.T) {
+	t.Parallel()
+	i := newImports(t)
+	i.ImportDir = "testdata"
+	result, err := i.runFrom(t, "replace", "file:///airports.csv")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want(t, "types", types(result), "iata text, name text, city text, state text, country text, latitude double precision, longitude double precision")
+	want(t, "an airport", i.rows(t, `SELECT * FROM imports.t WHERE iata = 'DBN'`), []string{`DBN|W. H. "Bud" Barron|Dublin|GA|USA|32.56445806|-82.98525556`})
+}
+
+func TestCSVImport_InfersTypesFromTheWholeFile(t *testing.T) {
+	t.Parallel()
+	i := newImports(t)
+	var b strings.Builder
+	b.WriteString("\uFEFFid,ZIP,price,active,day,at,\"Big, ID\",empty,late,id\r\n")
+	for n := range 5000 {
+		fmt.Fprintf(&b, "%d,%05d,%d.50,%t,2024-02-29,2024-02-29T12:00:00+01:00,9007199254740993,\"\",%d,\r\n", n, 501+n, n, n%2 == 0, n)
+	}
+	b.WriteString(`7,00501,,,,,1.5,,"n/a, sorry",0`)
+	result, err := i.run(t, "replace", b.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	want(t, "types", types(result), "id bigint, zip text, price double precision, active boolean, day date, at timestamptz, big_id text, empty text, late text, id_2 bigint")
+	want(t, "rows", result.Rows, 5001)
+	want(t, "the last row", i.rows(t, `SELECT * FROM imports.t WHERE id_2 = 0`), []string{"7|00501|NULL|NULL|NULL|NULL|1.5|NULL|n/a, sorry|0"})
+	want(t, "the first row", i.rows(t, `SELECT id, zip, price, active, day, at AT TIME ZONE 'UTC', big_id, empty, late, id_2 FROM imports.t WHERE id = 0 AND id_2 IS NULL`), []string{"0|00501|0.5|t|2024-02-29|2024-02-29 11:00:00|9007199254740993|NULL|0|NULL"})
+}
+
+func TestCSVImport_SmallFiles(t *testing.T) {
+	t.Parallel()
+	i := newImports(t)
+	for content, wanted := range map[string][]string{
+		"a,b":                {"t|r", "a|text", "b|text"},
+		"a,b\n":              {"t|r", "a|text", "b|text"},
+		"a\n1":               {"t|r", "a|bigint", "(1)"},
+		"a\n\n1\n\n":         {"t|r", "a|bigint", "(1)"},
+		"a\n\"\"\n":          {"t|r", "a|text", "()"},
+		"a,b\r\n1,\r\n,2":    {"t|r", "a|bigint", "b|bigint", "(,2)", "(1,)"},
+		"a\n\\N\n\\.\n\\\\n": {"t|r", "a|text", `("\\.")`, `("\\N")`, `("\\\\n")`},
+		"a\n\"x\ty\rz\nw\"":  {"t|r", "a|text", "(\"x\ty\rz\nw\")"},
+		"a\n\" x\"\n":        {"t|r", "a|text", `(" x")`},
+	} {
+		if _, err := i.run(t, "replace", content); err != nil {
+			t.Errorf("%q: %v", content, err)
+			continue
+		}
+		want(t, fmt.Sprintf("table of %q", content), i.table(t), wanted)
+	}
+}
+
+// Whatever text is in a well-formed file, the import succeeds, and each cell can
+// be told from the table again.
+func TestCSVImport_EveryCellIsRecoveredFromItsColumn(t *testing.T) {
+	t.Parallel()
+	i := newImports(t)
+	anyText := rapid.OneOf(
+		rapid.String(),
+		rapid.StringOfN(rapid.SampledFrom([]rune("01259.-+eETZ:/ \\\"\t\r\n,")), 0, 25, -1),
+		rapid.SampledFrom([]string{"", "NULL", `\N`, `\.`, "00501", "NaN", "-0", "1e5", "Infinity", "now", "2012-02-30", "9007199254740993", "true", "t"}),
+	)
+	typed := []*rapid.Generator[string]{
+		anyText,
+		rapid.Map(rapid.Int64(), func(n int64) string { return strconv.FormatInt(n, 10) }),
+		rapid.Map(rapid.Int64Range(-9, 9), func(n int64) string { return strconv.FormatInt(n, 10) }),
+		rapid.Map(rapid.Float64(), func(f float64) string { return strconv.FormatFloat(f, 'g', -1, 64) }),
+		rapid.Map(rapid.Float64Range(-99, 99), func(f float64) string { return strconv.FormatFloat(f, 'f', 2, 64) }),
+		rapid.StringMatching(`-?(0|[1-9][0-9]{0,20})?(\.[0-9]{1,20})?([eE][-+]?[0-9]{1,3})?`),
+		rapid.StringMatching(`(true|false|TRUE|False)`),
+		rapid.StringMatching(`[0-9]{4}-(0[0-9]|1[0-2])-[0-3][0-9]`),
+		rapid.StringMatching(`[0-9]{4}-(0[1-9]|1[0-2])-[0-2][1-9][T ][0-2][0-9]:[0-5][0-9]:[0-5][0-9](\.[0-9]{1,7})?(Z|[-+][01][0-9](:?[0-5][0-9])?)`),
+	}
+	rapid.Check(t, func(r *rapid.T) {
+		width := rapid.IntRange(1, 5).Draw(r, "width")
+		var gens []*rapid.Generator[string]
+		for range width {
+			gen := rapid.SampledFrom(typed).Draw(r, "kind")
+			if rapid.Bool().Draw(r, "sparse") {
+				gen = rapid.OneOf(gen, rapid.Just(""))
+			}
+			if rapid.IntRange(0, 3).Draw(r, "dirty") == 0 {
+				gen = rapid.OneOf(gen, gen, gen, anyText)
+			}
+			gens = append(gens, gen)
+		}
+		var file strings.Builder
+		line := func(cells []string) {
+			for n, cell := range cells {
+				if n > 0 {
+					file.WriteByte(',')
+				}
+				if rapid.Bool().Draw(r, "quoted") || strings.ContainsAny(cell, "\",\r\n") || len(cells) == 1 {
+					cell = `"` + strings.ReplaceAll(cell, `"`, `""`) + `"`
+				}
+				file.WriteString(cell)
+			}
+			file.WriteString(rapid.SampledFrom([]string{"\n", "\r\n"}).Draw(r, "end"))
+		}
+		clean := func(s string) string {
+			return strings.ReplaceAll(strings.ToValidUTF8(s, ""), "\x00", "")
+		}
+		header := make([]string, width)
+		for n := range header {
+			header[n] = clean(rapid.String().Draw(r, "header"))
+		}
+		line(header)
+		var records [][]string
+		for range rapid.IntRange(0, 8).Draw(r, "height") {
+			record := make([]string, width)
+			for n := range record {
+				record[n] = clean(gens[n].Draw(r, "cell"))
+			}
+			line(record)
+			records = append(records, record)
+		}
+
+		result, err := i.run(t, "replace", file.String())
+		if err != nil {
+			r.Fatalf("%q: %v", file.String(), err)
+		}
+		var got [][]*string
+		var columns []string
+		for _, c := range result.Columns {
+			columns = append(columns, pgx.Identifier{c.Name}.Sanitize()+"::text")
+		}
+		rows, err := i.DB.Query(t.Context(), "SELECT ARRAY["+strings.Join(columns, ", ")+"] FROM imports.t ORDER BY ctid")
+		if err != nil {
+			r.Fatal(err)
+		}
+		if got, err = pgx.CollectRows(rows, pgx.RowTo[[]*string]); err != nil {
+			r.Fatal(err)
+		}
+		if len(got) != len(records) {
+			r.Fatalf("%d rows, want %d", len(got), len(records))
+		}
+		for y, record := range records {
+			for x, cell := range record {
+				// As encoding/csv reads it.
+				cell = strings.ReplaceAll(cell, "\r\n", "\n")
+				if !recovered(result.Columns[x].Type, cell, got[y][x]) {
+					r.Errorf("%q became %s in a %s column", cell, show(got[y][x]), result.Columns[x].Type)
+				}
+			}
+		}
+	})
+}
+
+func show(s *string) string {
+	if s == nil {
+		return "NULL"
+	}
+	return strconv.Quote(*s)
+}
+
+func recovered(typ, cell string, got *string) bool {
+	if cell == "" || got == nil {
+		return cell == "" && got == nil
+	}
+	switch typ {
+	case "double precision":
+		a, err1 := strconv.ParseFloat(cell, 64)
+		b, err2 := strconv.ParseFloat(*got, 64)
+		return err1 == nil && err2 == nil && a == b && math.Signbit(a) == math.Signbit(b)
+	case "boolean":
+		return strings.ToLower(cell) == *got
+	case "timestamptz":
+		a, b := instant(cell), instant(*got)
+		return !a.IsZero() && a.Equal(b)
+	default:
+		return cell == *got
+	}
+}
+
+func instant(s string) time.Time {
+	s, bc := strings.CutSuffix(s, " BC")
+	for _, zone := range []string{"Z07:00", "Z0700", "Z07"} {
+		if at, err := time.Parse("2006-01-02T15:04:05.999999999"+zone, s[:10]+"T"+s[11:]); err == nil {
+			if bc {
+				at = at.AddDate(1-2*at.Year(), 0, 0)
+			}
+			return at
+		}
+	}
+	return time.Time{}
+}
+
+func TestCSVImport_ContentThatIsWrongIsOneErrorThatNamesTheLine(t *testing.T) {
+	t.Parallel()
+	i := newImports(t)
+	if _, err := i.run(t, "replace", "a,b\n1,old\n"); err != nil {
+		t.Fatal(err)
+	}
+	before := i.table(t)
+	const secret = "s3cret"
+	many := "c" + strings.Repeat(",c", 1600)
+	for _, tc := range []struct{ name, content, wanted string }{
+		{"empty", "", "line 1: the file is empty"},
+		{"blank lines only", "\n\n\r\n", "line 1: the file is empty"},
+		{"a row too short", "a,b\n1,2\ns3cret\n", "line 3: 1 fields, but the header has 2"},
+		{"a row too long", "a,b\n1,2\n\"x\ny\",2\n1,s3cret,3\n", "line 5: 3 fields, but the header has 2"},
+		{"a bare quote", "a,b\n1,s3\"cret\n", `line 2: bare " in non-quoted-field`},
+		{"text after a quote", "a,b\n1,2\n\"s3cret\"x,2\n", `line 3: extraneous or missing " in quoted-field`},
+		{"text after a quote, further down", "a,b\n1,\"x\ny\nz\"x\n", `line 4: extraneous or missing " in quoted-field (in the record that begins on line 2)`},
+		{"a quote that is not closed", "a,b\n1,2\n\"s3cret,2\n3,4\n", `in the record that begins on line 3`},
+		{"not UTF-8", "a,b\n1,2\n1,s3cret\xff\n", "line 3: field 2 is not UTF-8"},
+		{"not UTF-8, in a header", "a,\xe9t\xe9\n", "line 1: field 2 is not UTF-8"},
+		{"not UTF-8, in a field of two lines", "a,b\n1,\"s3cret\n\xc3\x28\"\n", "line 3: field 2 is not UTF-8"},
+		{"UTF-16", "\xff\xfea\x00,\x00b\x00\n\x00", "line 1: field 1 is not UTF-8"},
+		{"a NUL byte", "a,b\n1,2\n3,s3cret\x00\n", "line 3: field 2 has a NUL byte"},
+		{"too many columns", many, "line 1: 1601 columns, but Postgres allows a table 1600"},
+		{"a record that does not end", "a,b\n1,2\n3,\"" + strings.Repeat("s3cret ", 2<<20), "line 3: the record that begins here is longer than 8 MiB"},
+		{"a header that does not end", strings.Repeat("s3cret ", 2<<20), "line 1: the record that begins here is longer than 8 MiB"},
+		{"a line of commas", "a,b\n" + strings.Repeat(",", 1<<20), "line 2: it has more fields than the 1600 columns"},
+		{"a row that is too wide for a page", many[2:] + "\n" + strings.Repeat("1.5,", 1599) + "1.5\n", "imports.t: row is too big"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			for _, mode := range []string{"replace", "append"} {
+				_, err := i.run(t, mode, tc.content)
+				if mode == "append" && strings.Contains(tc.wanted, "row is too big") {
+					continue // it has other columns
+				}
+				if err == nil || !strings.Contains(err.Error(), tc.wanted) || !tasks.IsPermanent(err) {
+					t.Errorf("error %v, permanent %t; want a permanent one with %q", err, tasks.IsPermanent(err), tc.wanted)
+				} else if strings.Contains(err.Error(), secret) || strings.Count(err.Error(), "line ") > 2 {
+					t.Errorf("error %q shows the content", err)
+				}
+				want(t, "table", i.table(t), before)
+			}
+		})
+	}
+}
+
+func TestCSVImport_LongRecordsWithinTheBoundAreTaken(t *testing.T) {
+	t.Parallel()
+	i := newImports(t)
+	long := strings.Repeat(`a,"",b`+"\n", (8<<20)/7-10) // a field of commas, quotes and newlines
+	if _, err := i.run(t, "replace", "a,b\n1,\""+long+"\"\n2,x\n"); err != nil {
+		t.Fatal(err)
+	}
+	want(t, "length", i.rows(t, "SELECT length(b) FROM imports.t ORDER BY a"), []string{strconv.Itoa(len(strings.ReplaceAll(long, `""`, `"`))), "1"})
+}
+
+func TestCSVImport_FilesOnlyBelowImportDir(t *testing.T) {
+	t.Parallel()
+	i := newImports(t)
+	outside := filepath.Join(t.TempDir(), "outside.csv")
+	for _, err := range []error{
+		os.WriteFile(outside, []byte("a\n1\n"), 0o600),
+		os.MkdirAll(filepath.Join(i.ImportDir, "sub dir", "deep"), 0o700),
+		os.WriteFile(filepath.Join(i.ImportDir, "sub dir", "in.csv"), []byte("a\n1\n"), 0o600),
+		os.Symlink(outside, filepath.Join(i.ImportDir, "absolute.csv")),
+		os.Symlink("../"+filepath.Base(filepath.Dir(outside))+"/outside.csv", filepath.Join(i.ImportDir, "relative.csv")),
+		os.Symlink(filepath.Dir(outside), filepath.Join(i.ImportDir, "folder")),
+		os.Symlink("sub dir/in.csv", filepath.Join(i.ImportDir, "inside.csv")),
+		os.Symlink("/dev/zero", filepath.Join(i.ImportDir, "device.csv")),
+		syscall.Mkfifo(filepath.Join(i.ImportDir, "fifo.csv"), 0o600),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for source, wanted := range map[string]string{
+		"file:///sub%20dir/in.csv":             "",
+		"file:///inside.csv":                   "",
+		"file:///sub%20dir/deep/../in.csv":     "",
+		"file:///missing.csv":                  "there is no such file below IMPORT_DIR",
+		"file:///absolute.csv":                 "below IMPORT_DIR: path escapes",
+		"file:///relative.csv":                 "below IMPORT_DIR",
+		"file:///folder/outside.csv":           "below IMPORT_DIR: path escapes",
+		"file:///device.csv":                   "below IMPORT_DIR: path escapes",
+		"file:///../../etc/passwd":             "below IMPORT_DIR",
+		"file:///%2e%2e/%2e%2e/etc/passwd":     "below IMPORT_DIR",
+		"file://" + outside:                    "there is no such file below IMPORT_DIR",
+		"file:///sub%20dir":                    "not a regular file",
+		"file:///fifo.csv":                     "not a regular file",
+		"file:///inside.csv/x":                 "below IMPORT_DIR",
+		"file:///missing.csv?token=s3cret":     "file:///missing.csv: there is no such file",
+		"file:///missing.csv#token=s3cret":     "file:///missing.csv: there is no such file",
+		"file:///" + strings.Repeat("x", 5000): "below IMPORT_DIR",
+	} {
+		_, err := i.runFrom(t, "replace", source)
+		if wanted == "" {
+			if err != nil {
+				t.Errorf("%s: %v", source, err)
+			}
+			continue
+		}
+		if err == nil || !strings.Contains(err.Error(), wanted) || !tasks.IsPermanent(err) || strings.Contains(err.Error(), "s3cret") {
+			t.Errorf("%.80s: error %.300v, permanent %t; want a permanent one with %q", source, err, tasks.IsPermanent(err), wanted)
+		}
+	}
+
+	i.ImportDir = ""
+	_, err := i.runFrom(t, "replace", "file:///sub%20dir/in.csv")
+	if err == nil || !strings.Contains(err.Error(), "IMPORT_DIR") || !tasks.IsPermanent(err) {
+		t.Errorf("without IMPORT_DIR: %v", err)
+	}
+	i.ImportDir = filepath.Join(t.TempDir(), "gone")
+	_, err = i.runFrom(t, "replace", "file:///x.csv")
+	if err == nil || !strings.Contains(err.Error(), "IMPORT_DIR") || !tasks.IsPermanent(err) {
+		t.Errorf("without the folder: %v", err)
+	}
+}
+
+func TestCSVImport_SourcesThatCannotBeHad(t *testing.T) {
+	t.Parallel()
+	i := newImports(t)
+	if _, err := i.run(t, "replace", "a,b\n1,old\n"); err != nil {
+		t.Fatal(err)
+	}
+	before := i.table(t)
+	mux := http.NewServeMux()
+	mux.HandleFunc("/status/{code}", func(w http.ResponseWriter, r *http.Request) {
+		code, _ := strconv.Atoi(r.PathValue("code"))
+		w.WriteHeader(code)
+	})
+	mux.HandleFunc("/cut", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Length", "1000")
+		_, _ = io.WriteString(w, "a,b\n1,2\n\"3,")
+	})
+	mux.HandleFunc("/reset", func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = io.WriteString(w, "a,b\n1,2\n3")
+		_ = http.NewResponseController(w).Flush()
+		panic(http.ErrAbortHandler)
+	})
+	mux.HandleFunc("/to-loopback", func(w http.ResponseWriter, r *http.Request) {
+		_, port, _ := strings.Cut(r.Host, ":")
+		http.Redirect(w, r, "http://127.0.0.2:"+port+"/ok?token=s3cret", http.StatusFound)
+	})
+	mux.HandleFunc("/to-nowhere", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Location", "http://[s3cret/")
+		w.WriteHeader(http.StatusFound)
+	})
+	mux.HandleFunc("/round", func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/round", http.StatusFound) })
+	server := httptest.NewServer(mux)
+	t.Cleanup(server.Close)
+	closed := httptest.NewServer(mux)
+	closed.Close()
+	base := strings.Replace(server.URL, "http://", "http://user:s3cret@", 1)
+
+	for _, tc := range []struct {
+		source, wanted string
+		permanent      bool
+	}{
+		{base + "/status/404?token=s3cret", server.URL + "/status/404: the server answered 404 Not Found", true},
+		{base + "/status/403", "answered 403", true},
+		{base + "/status/410", "answered 410", true},
+		{base + "/status/204", "answered 204", true},
+		{base + "/status/500?token=s3cret", "answered 500", false},
+		{base + "/status/503", "answered 503", false},
+		{base + "/status/429", "answered 429", false},
+		{base + "/status/408", "answered 408", false},
+		{base + "/cut?token=s3cret", "after line 2: unexpected EOF", false},
+		{base + "/reset", "after line 2: unexpected EOF", false},
+		{base + "/to-loopback?token=s3cret", "127.0.0.2", true},
+		{base + "/to-nowhere", "redirects to", true},
+		{base + "/round", "redirect", true},
+		{strings.Replace(base, "127.0.0.1", "127.0.0.2", 1) + "/ok?token=s3cret", "127.0.0.2", true},
+		{"http://10.0.0.1/x.csv", "10.0.0.1", true},
+		{"http://[::1]/x.csv", "::1", true},
+		{"http://169.254.169.254/latest/meta-data", "169.254.169.254", true},
+		{strings.Replace(closed.URL, "http://", "http://user:s3cret@", 1) + "/x.csv?token=s3cret", "refused", false},
+		{"http://user:s3cret@nowhere.invalid/x.csv?token=s3cret", "nowhere.invalid", false},
+	} {
+		_, err := i.runFrom(t, "replace", tc.source)
+		if err == nil || !strings.Contains(err.Error(), tc.wanted) || tasks.IsPermanent(err) != tc.permanent {
+			t.Errorf("%s: error %v, permanent %t; want %q, permanent %t", tc.source, err, tasks.IsPermanent(err), tc.wanted, tc.permanent)
+		} else if strings.Contains(err.Error(), "s3cret") || strings.Contains(err.Error(), "user") {
+			t.Errorf("error %q shows what is secret in the URL", err)
+		}
+	}
+	want(t, "table", i.table(t), before)
+}
+
+func TestCSVImport_ReadsAURLOnce(t *testing.T) {
+	t.Parallel()
+	i := newImports(t)
+	var requests sync.Map
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if _, again := requests.LoadOrStore(r.URL.String(), true); again {
+			w.WriteHeader(http.StatusGone)
+			return
+		}
+		if user, password, _ := r.BasicAuth(); user != "u" || password != "p" || r.URL.RawQuery != "q=1" {
+			w.WriteHeader(http.StatusForbidden)
+			return
+		}
+		_, _ = io.WriteString(w, "a,b\n1,x\n2,y\n")
+	}))
+	t.Cleanup(server.Close)
+	result, err := i.runFrom(t, "replace", strings.Replace(server.URL, "http://", "http://u:p@", 1)+"/x.csv?q=1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want(t, "rows, bytes", [2]int64{result.Rows, result.Bytes}, [2]int64{2, 12})
+	want(t, "table", i.table(t), []string{"t|r", "a|bigint", "b|text", "(1,x)", "(2,y)"})
+}
+
+func TestCSVImport_HoldsNoConnectionWhileItReads(t *testing.T) {
+	t.Parallel()
+	i := newImports(t)
+	sent, proceed := make(chan struct{}), make(chan struct{})
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = io.WriteString(w, "a,b\n1,x\n")
+		_ = http.NewResponseController(w).Flush()
+		close(sent)
+		<-proceed
+	}))
+	t.Cleanup(server.Close)
+	done := start(func() error { _, err := i.runFrom(t, "replace", server.URL); return err })
+	<-sent
+	want(t, "connections checked out", i.DB.Stats().CheckedOut, 0)
+	close(proceed)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+}
+
+// start runs f in a goroutine; its result is to be received.
+func start(f func() error) <-chan error {
+	done := make(chan error, 1)
+	go func() { done <- f() }()
+	return done
+}
+
+// until polls a condition that another process makes true.
+func until(t testing.TB, what string, condition func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); !condition(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: not within 30 s", what)
+		}
+	}
+}
+
+func TestCSVImport_AFileThatChangesBetweenThePassesIsRefused(t *testing.T) {
+	t.Parallel()
+	for name, changed := range map[string]string{
+		"grown":              "a,b\n1,x\n2,y\n3,z\n",
+		"other rows":         "a,b\n1,x\n7,y\n",
+		"a value misfits":    "a,b\n1,x\nx,y\n",
+		"ragged":             "a,b\n1,x\n2\n",
+		"gone":               "",
+		"cut":                "a,b\n1,x\n",
+		"quoted without end": "a,b\n1,x\n\"",
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			i := newImports(t)
+			if _, err := i.run(t, "replace", "a,b\n1,old\n"); err != nil {
+				t.Fatal(err)
+			}
+			before := i.table(t)
+			// The pool has nothing to lend until the first pass is over.
+			var held []pgx.Tx
+			release := func() {
+				for _, tx := range held {
+					_ = tx.Rollback(context.WithoutCancel(t.Context()))
+				}
+			}
+			defer release()
+			for range 10 {
+				tx, err := i.DB.Begin(t.Context())
+				if err != nil {
+					t.Fatal(err)
+				}
+				held = append(held, tx)
+			}
+			done := start(func() error { _, err := i.run(t, "replace", "a,b\n1,x\n2,y\n"); return err })
+			until(t, "the import waits for a connection", func() bool { return i.DB.Stats().Waiting > 0 })
+			i.write(t, "t.csv", changed)
+			release()
+			err := <-done
+			if err == nil || !strings.Contains(err.Error(), "changed while it was read") || tasks.IsPermanent(err) {
+				t.Errorf("error %v, permanent %t; want that the file was changed, not permanent", err, tasks.IsPermanent(err))
+			}
+			want(t, "table", i.table(t), before)
+		})
+	}
+}
+
+func TestCSVImport_ReadersSeeTheOldTableOrTheNewOne(t *testing.T) {
+	t.Parallel()
+	i := newImports(t)
+	if _, err := i.run(t, "replace", "old\n"+strings.Repeat("1\n", 1000)); err != nil {
+		t.Fatal(err)
+	}
+	tx, err := i.DB.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	count := func(q interface {
+		QueryRow(context.Context, string, ...any) pgx.Row
+	},
+	) (n int) {
+		if err := q.QueryRow(t.Context(), "SELECT count(*) FROM imports.t", pgx.QueryExecModeExec).Scan(&n); err != nil {
+			t.Error(err)
+		}
+		return n
+	}
+	want(t, "rows in a reader's transaction", count(tx), 1000)
+	done := start(func() error {
+		_, err := i.run(t, "replace", "new\n"+strings.Repeat("x\n", 2000))
+		return err
+	})
+	until(t, "the import has loaded and waits for the reader", func() bool {
+		return len(i.rows(t, `SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE 'LOCK TABLE%' AND datname = current_database()`)) == 1
+	})
+	want(t, "rows for the reader that was there", count(tx), 1000)
+	want(t, "rows for one that comes now", count(i.DB), 1000)
+	if err := tx.Commit(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for seen := 0; seen != 2000; {
+		if seen = count(i.DB); seen != 1000 && seen != 2000 {
+			t.Fatalf("a reader saw %d rows", seen)
+		}
+	}
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestCSVImport_ManyAtOnceIntoOneTable(t *testing.T) {
+	t.Parallel()
+	for mode, wanted := range map[string]int{"replace": 500, "append": 6 * 500} {
+		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
+			i := newImports(t)
+			i.write(t, "t.csv", "a\n"+strings.Repeat("1\n", 500))
+			var all []<-chan error
+			for range 6 {
+				all = append(all, start(func() error { _, err := i.runFrom(t, mode, "file:///t.csv"); return err }))
+			}
+			for _, done := range all {
+				if err := <-done; err != nil {
+					t.Error(err)
+				}
+			}
+			want(t, "rows", i.rows(t, "SELECT count(*) FROM imports.t"), []string{strconv.Itoa(wanted)})
+			want(t, "tables", len(i.rows(t, "SELECT 1 FROM pg_class WHERE relnamespace = 'imports'::regnamespace")), 1)
+		})
+	}
+}
+
+func TestCSVImport_WhatOthersDependOnIsNotReplaced(t *testing.T) {
+	t.Parallel()
+	i := newImports(t)
+	if _, err := i.run(t, "replace", "a\n1\n"); err != nil {
+		t.Fatal(err)
+	}
+	i.exec(t, "CREATE VIEW imports.v AS SELECT a FROM imports.t")
+	before := i.table(t)
+	_, err := i.run(t, "replace", "a\n2\n")
+	if err == nil || !tasks.IsPermanent(err) || !strings.Contains(err.Error(), "view imports.v depends on table imports.t") {
+		t.Errorf("error %v, permanent %t", err, tasks.IsPermanent(err))
+	}
+	want(t, "table", i.table(t), before)
+
+	_, err = taskstest.Run(t, i.Kit, i.Handle, tasks.CSVImport{Source: "file:///t.csv", Table: "v", Mode: "replace"})
+	if err == nil || !tasks.IsPermanent(err) || !strings.Contains(err.Error(), `"v" is not a table`) {
+		t.Errorf("a view: error %v, permanent %t", err, tasks.IsPermanent(err))
+	}
+}
+
+func TestCSVImport_AppendsToColumnsByName(t *testing.T) {
+	t.Parallel()
+	i := newImports(t)
+	result, err := i.run(t, "append", "id,price,name\n1,1.5,x\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want(t, "types when the table is new", types(result), "id bigint, price double precision, name text")
+	result, err = i.run(t, "append", "Name,ID,price\n007,2,3\n2024-01-01,3,\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want(t, "types are the table's", types(result), "name text, id bigint, price double precision")
+	if _, err := i.run(t, "append", "price,name\n,\n"); err != nil {
+		t.Fatal(err)
+	}
+	want(t, "table", i.table(t), []string{
+		"t|r", "id|bigint", "price|double precision", "name|text",
+		"(,,)", "(1,1.5,x)", "(2,3,007)", "(3,,2024-01-01)",
+	})
+}
+
+func TestCSVImport_AppendsWhatPostgresTakesForOtherTypes(t *testing.T) {
+	t.Parallel()
+	i := newImports(t)
+	i.exec(t, `CREATE TABLE imports.t (id int GENERATED BY DEFAULT AS IDENTITY, u uuid, n numeric, j jsonb, s varchar(3), at timestamptz, made date DEFAULT '2020-01-01')`)
+	result, err := i.run(t, "append", "u,n,j,s,at\n"+`00000000-0000-0000-0000-000000000001,12345678901234567890.5,"{""a"": 1}",é€x,2024-01-01T00:00:00Z`+"\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want(t, "types", types(result), "u uuid, n numeric, j jsonb, s character varying(3), at timestamptz")
+	want(t, "row", i.rows(t, "SELECT id, u, n, j, s, at AT TIME ZONE 'UTC', made FROM imports.t"), []string{`1|00000000-0000-0000-0000-000000000001|12345678901234567890.5|{"a": 1}|é€x|2024-01-01 00:00:00|2020-01-01`})
+}
+
+func TestCSVImport_AppendedValuesMustFit(t *testing.T) {
+	t.Parallel()
+	i := newImports(t)
+	i.exec(t, `CREATE TABLE imports.t (id int UNIQUE, big bigint, d double precision, b boolean, day date, at timestamptz, s varchar(5) NOT NULL DEFAULT '', pos int CHECK (pos > 0), gen int GENERATED ALWAYS AS (1) STORED, u uuid)`)
+	i.exec(t, `CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF NEW.s = 'nope' THEN RAISE EXCEPTION 'no %', NEW.big; END IF; RETURN NEW; END $$`)
+	i.exec(t, `CREATE TRIGGER refuse BEFORE INSERT ON imports.t FOR EACH ROW EXECUTE FUNCTION refuse()`)
+	i.exec(t, `INSERT INTO imports.t VALUES (1)`)
+	before := i.table(t)
+	const secret = "918273645"
+	for _, tc := range []struct{ content, wanted string }{
+		{"id,x\n2,3\n", `imports.t has no column "x"; it has id, big, d, b, day, at, s, pos, gen, u`},
+		{"big\n1\n2\n918273645.5\n3.5\n", `line 4: column "big": the value is not what the bigint of imports.t can keep unchanged`},
+		{"big\n0918273645\n", `line 2: column "big"`},
+		{"d\n1\n0918273645\n", `line 3: column "d": the value is not what the double precision`},
+		{"d\n9182736450000000001\n", `line 2: column "d"`},
+		{"d\nNaN\n", `line 2: column "d"`},
+		{"b\ntrue\n1\n", `line 3: column "b"`},
+		{"day\n2024-01-01T00:00:00Z\n", `line 2: column "day"`},
+		{"day\ntomorrow\n", `line 2: column "day"`},
+		{"at\n2024-01-01\n", `line 2: column "at"`},
+		{"at\n2024-01-01 10:00:00\n", `line 2: column "at"`},
+		{"id\n918273645000\n", `line 2: column "id": imports.t: the value is out of the range of the column's type (SQLSTATE 22003)`},
+		{"id,s\n5,x\n\"6\",\"918273645\"\n", `line 3: column "s": imports.t: the value is too long for the column's type`},
+		{"s,u\nx,\n\"y\nz\",\n\nw,918273645\n", `line 6: column "u": imports.t: the value is not one of the column's type`},
+		{"id,big\n918273645,1\n918273645,2\n", `line 3: imports.t: duplicate key value violates unique constraint "t_id_key"`},
+		{"id,s\n7,\n", `null value in column "s"`},
+		{"pos\n1\n-918273645\n", `line 3: imports.t: new row for relation "t" violates check constraint "t_pos_check"`},
+		{"gen\n918273645\n", `column "gen" is a generated column`},
+		{"s,big\nx,1\nnope,918273645\n", `a trigger of the table refuses the row (SQLSTATE P0001)`},
+	} {
+		_, err := i.run(t, "append", tc.content)
+		if err == nil || !strings.Contains(err.Error(), tc.wanted) || !tasks.IsPermanent(err) {
+			t.Errorf("%q: error %v, permanent %t; want a permanent one with %q", tc.content, err, tasks.IsPermanent(err), tc.wanted)
+		} else if strings.Contains(err.Error(), secret) {
+			t.Errorf("error %q shows the content", err)
+		}
+		want(t, "table", i.table(t), before)
+	}
+}
+
+func TestCSVImport_KilledInTheMiddleItIsTriedAgain(t *testing.T) {
+	t.Parallel()
+	i := newImports(t)
+	i.exec(t, `CREATE TABLE imports.t (a bigint)`)
+	i.exec(t, `CREATE FUNCTION stop() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF NEW.a = 50000 THEN PERFORM pg_advisory_lock(1); END IF; RETURN NEW; END $$`)
+	i.exec(t, `CREATE TRIGGER stop BEFORE INSERT ON imports.t FOR EACH ROW EXECUTE FUNCTION stop()`)
+	i.exec(t, `INSERT INTO imports.t VALUES (-1)`)
+	before := i.table(t)
+	var b strings.Builder
+	b.WriteString("a\n")
+	for n := range 100_000 {
+		fmt.Fprintln(&b, n)
+	}
+	lock, err := i.DB.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = lock.Rollback(context.WithoutCancel(t.Context())) }()
+	if _, err := lock.Exec(t.Context(), "SELECT pg_advisory_xact_lock(1)"); err != nil {
+		t.Fatal(err)
+	}
+	inTheMiddle := func() bool {
+		return len(i.rows(t, `SELECT 1 FROM pg_stat_activity WHERE wait_event = 'advisory' AND query LIKE 'COPY%' AND datname = current_database()`)) == 1
+	}
+
+	done := start(func() error { _, err := i.run(t, "append", b.String()); return err })
+	until(t, "the import is in the middle of its COPY", inTheMiddle)
+	i.exec(t, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event = 'advisory' AND query LIKE 'COPY%' AND datname = current_database()`)
+	if err := <-done; err == nil || tasks.IsPermanent(err) {
+		t.Errorf("backend killed: error %v, permanent %t; want one that is not permanent", err, tasks.IsPermanent(err))
+	}
+	want(t, "table", i.table(t), before)
+
+	ctx, cancel := context.WithCancel(t.Context())
+	done = start(func() error {
+		_, err := i.Handle(ctx, &tasks.Job{DB: i.DB, Log: slog.New(slog.DiscardHandler)}, tasks.CSVImport{Source: "file:///t.csv", Table: "t", Mode: "append"})
+		return err
+	})
+	until(t, "the import is in the middle of its COPY", inTheMiddle)
+	cancel()
+	if err := <-done; !errors.Is(err, context.Canceled) || tasks.IsPermanent(err) {
+		t.Errorf("job cancelled: error %v, permanent %t; want that it was cancelled", err, tasks.IsPermanent(err))
+	}
+	want(t, "table", i.table(t), before)
+
+	if err := lock.Rollback(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := i.runFrom(t, "append", "file:///t.csv"); err != nil {
+		t.Fatal(err)
+	}
+	want(t, "rows in the end", i.rows(t, "SELECT count(*) FROM imports.t"), []string{"100001"})
+}
+
+func TestCSVImport_ShowsItsProgress(t *testing.T) {
+	t.Parallel()
+	i := newImports(t)
+	i.write(t, "t.csv", "a\n"+strings.Repeat("1\n", 2000))
+	var shown []string
+	job := &tasks.Job{
+		DB: i.DB, Log: slog.New(slog.DiscardHandler),
+		WriteResult: func(b []byte) error { shown = append(shown, string(b)); return errors.New("Redis is away") },
+	}
+	if _, err := i.Handle(t.Context(), job, tasks.CSVImport{Source: "file:///t.csv", Table: "t", Mode: "replace"}); err != nil {
+		t.Fatal(err)
+	}
+	// None could be written, so each was tried.
+	want(t, "progress", shown, []string{
+		`{"progress":{"phase":"reading","rows":1000,"bytes":4002}}`,
+		`{"progress":{"phase":"reading","rows":2000,"bytes":4002}}`,
+		`{"progress":{"phase":"loading","rows":1000,"bytes":4002}}`,
+		`{"progress":{"phase":"loading","rows":2000,"bytes":4002}}`,
+		`{"progress":{"phase":"exchanging","rows":2000,"bytes":4002}}`,
+	})
+}
+
+func TestCSVImport_PayloadIsValidated(t *testing.T) {
+	t.Parallel()
+	valid := tasks.CSVImport{Source: "https://example.com/x.csv", Table: "t", Mode: "replace"}
+	for _, tc := range []struct {
+		change func(*tasks.CSVImport)
+		wanted string
+	}{
+		{func(*tasks.CSVImport) {}, ""},
+		{func(p *tasks.CSVImport) { p.Source = "HTTP://example.com/x.csv" }, ""},
+		{func(p *tasks.CSVImport) { p.Source = "file:///x.csv" }, ""},
+		{func(p *tasks.CSVImport) { p.Table = strings.Repeat("x", 63) }, ""},
+		{func(p *tasks.CSVImport) { p.Mode = "append" }, ""},
+		{func(p *tasks.CSVImport) { p.Source = "" }, "source: "},
+		{func(p *tasks.CSVImport) { p.Source = "x.csv" }, "source: "},
+		{func(p *tasks.CSVImport) { p.Source = "ftp://s3cret/x.csv" }, "source: "},
+		{func(p *tasks.CSVImport) { p.Source = "https:///x.csv" }, "source: "},
+		{func(p *tasks.CSVImport) { p.Source = "https://:80/s3cret" }, "source: "},
+		{func(p *tasks.CSVImport) { p.Source = "https://s3cret:s3cret@exa mple/" }, "source: "},
+		{func(p *tasks.CSVImport) { p.Source = "file://x.csv" }, "source: "},
+		{func(p *tasks.CSVImport) { p.Source = "file:x.csv" }, "source: "},
+		{func(p *tasks.CSVImport) { p.Source = "file:///" }, "source: "},
+		{func(p *tasks.CSVImport) { p.Table = "" }, "table: "},
+		{func(p *tasks.CSVImport) { p.Table = "Weather" }, "table: "},
+		{func(p *tasks.CSVImport) { p.Table = "1t" }, "table: "},
+		{func(p *tasks.CSVImport) { p.Table = "public.t" }, "table: "},
+		{func(p *tasks.CSVImport) { p.Table = `t"; DROP TABLE x; --` }, "table: "},
+		{func(p *tasks.CSVImport) { p.Table = strings.Repeat("x", 64) }, "table: "},
+		{func(p *tasks.CSVImport) { p.Table = "t\n" }, "table: "},
+		{func(p *tasks.CSVImport) { p.Mode = "" }, "mode: "},
+		{func(p *tasks.CSVImport) { p.Mode = "Replace" }, "mode: "},
+	} {
+		p := valid
+		tc.change(&p)
+		err := p.Validate()
+		if (err == nil) != (tc.wanted == "") || err != nil && (!strings.HasPrefix(err.Error(), tc.wanted) || strings.Contains(err.Error(), "s3cret")) {
+			t.Errorf("%+v: %v, want %q", p, err, tc.wanted)
+		}
+	}
+}
+
+// Not parallel, so that no other test's memory is counted.
+func TestCSVImport_TenMillionCellsWithinFlatMemory(t *testing.T) {
+	const rows, most = 1_000_000, 48 << 20 // of which 17 are the parser of the migrations
+	i := newImports(t)
+	const block = 1000
+	var lines strings.Builder
+	for n := range block {
+		fmt.Fprintf(&lines, "%d,00501,12.5,true,2024-02-29,2024-02-29T12:00:00Z,\"Smith, J\",,1,7\n", n)
+	}
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = io.WriteString(w, "id,zip,price,active,day,at,name,empty,late,n\n")
+		for range rows/block - 1 {
+			if _, err := io.WriteString(w, lines.String()); err != nil {
+				return
+			}
+		}
+		_, _ = io.WriteString(w, strings.TrimSuffix(lines.String(), "7\n")+"last\n")
+	}))
+	t.Cleanup(server.Close)
+
+	stop := make(chan struct{})
+	highest := make(chan uint64)
+	go func() {
+		sample := []metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}}
+		var most uint64
+		tick := time.NewTicker(10 * time.Millisecond)
+		defer tick.Stop()
+		for {
+			select {
+			case <-tick.C:
+				metrics.Read(sample)
+				most = max(most, sample[0].Value.Uint64())
+			case <-stop:
+				highest <- most
+				return
+			}
+		}
+	}()
+	result, err := i.runFrom(t, "replace", server.URL)
+	close(stop)
+	heap := <-highest
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%d rows, %d MiB; the heap had %d MiB at most", result.Rows, result.Bytes>>20, heap>>20)
+	if heap > most {
+		t.Errorf("the heap had %d MiB for a file of %d MiB; want at most %d", heap>>20, result.Bytes>>20, most>>20)
+	}
+	want(t, "types", types(result), "id bigint, zip text, price double precision, active boolean, day date, at timestamptz, name text, empty text, late bigint, n text")
+	want(t, "rows", i.rows(t, "SELECT count(*), sum(id), count(empty) FROM imports.t"), []string{fmt.Sprintf("%d|%d|0", rows, rows*(block-1)/2)})
+	left, _ := filepath.Glob(filepath.Join(os.TempDir(), "carpool-import-*"))
+	want(t, "files left behind", left, nil)
+}
+
+func TestCSVImport_ResultAsJSON(t *testing.T) {
+	t.Parallel()
+	data, err := json.Marshal(tasks.CSVImportResult{Table: "imports.t", Rows: 1, Bytes: 2, Columns: []tasks.CSVColumn{{"a", "bigint"}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want(t, "JSON", string(data), `{"table":"imports.t","rows":1,"bytes":2,"columns":[{"name":"a","type":"bigint"}]}`)
+}

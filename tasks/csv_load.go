@@ -1,0 +1,442 @@
+package tasks
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"hash/maphash"
+	"io"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgtype"
+)
+
+// csvLoad is the second pass, into the database.
+type csvLoad struct {
+	src    *csvSource
+	sheet  *csvSheet
+	table  string
+	report func(phase string, rows, bytes int64)
+}
+
+// run brings the sheet into the table, within tx. It neither commits nor rolls
+// back; after an error, tx must be rolled back.
+func (l *csvLoad) run(ctx context.Context, tx pgx.Tx, mode string) (CSVImportResult, error) {
+	columns := make([]CSVColumn, len(l.sheet.columns))
+	for i := range l.sheet.columns {
+		columns[i] = CSVColumn{l.sheet.columns[i].name, l.sheet.columns[i].typeName()}
+	}
+	var err error
+	if mode == csvReplace {
+		err = l.replace(ctx, tx, columns)
+	} else {
+		columns, err = l.append(ctx, tx, columns)
+	}
+	if err != nil {
+		return CSVImportResult{}, l.wordError(ctx, err)
+	}
+	return CSVImportResult{Table: "imports." + l.table, Rows: l.sheet.rows, Bytes: l.sheet.bytes, Columns: columns}, nil
+}
+
+func importsTable(name string) string { return pgx.Identifier{"imports", name}.Sanitize() }
+
+// replace loads a table of its own, which nobody else sees or waits for, and
+// gives it the name at the end.
+func (l *csvLoad) replace(ctx context.Context, tx pgx.Tx, columns []CSVColumn) error {
+	fresh := "csv_import_" + strings.ToLower(rand.Text())
+	if err := createTable(ctx, tx, fresh, columns); err != nil {
+		return err
+	}
+	if err := l.copy(ctx, tx, fresh, columns); err != nil {
+		return err
+	}
+	l.report("exchanging", l.sheet.rows, l.sheet.bytes)
+	exists, err := l.lockName(ctx, tx)
+	if err != nil {
+		return err
+	}
+	if exists {
+		if err := l.lockOut(ctx, tx); err != nil {
+			return err
+		}
+		if _, err := tx.Exec(ctx, "DROP TABLE "+importsTable(l.table)); err != nil {
+			return err
+		}
+	}
+	_, err = tx.Exec(ctx, "ALTER TABLE "+importsTable(fresh)+" RENAME TO "+pgx.Identifier{l.table}.Sanitize())
+	return err
+}
+
+// append adds to the table, and returns the types it has.
+func (l *csvLoad) append(ctx context.Context, tx pgx.Tx, columns []CSVColumn) ([]CSVColumn, error) {
+	exists, err := l.exists(ctx, tx)
+	if err != nil {
+		return nil, err
+	}
+	if !exists {
+		if exists, err = l.lockName(ctx, tx); err != nil {
+			return nil, err
+		}
+	}
+	if !exists {
+		if err := createTable(ctx, tx, l.table, columns); err != nil {
+			return nil, err
+		}
+		return columns, l.copy(ctx, tx, l.table, columns)
+	}
+	// The lock that COPY takes, but before the columns are looked at.
+	if _, err := tx.Exec(ctx, "LOCK TABLE "+importsTable(l.table)+" IN ROW EXCLUSIVE MODE"); err != nil {
+		return nil, err
+	}
+	if columns, err = l.match(ctx, tx); err != nil {
+		return nil, err
+	}
+	return columns, l.copy(ctx, tx, l.table, columns)
+}
+
+func createTable(ctx context.Context, tx pgx.Tx, name string, columns []CSVColumn) error {
+	var sql strings.Builder
+	sql.WriteString("CREATE TABLE " + importsTable(name) + " (")
+	for i, c := range columns {
+		if i > 0 {
+			sql.WriteString(", ")
+		}
+		sql.WriteString(pgx.Identifier{c.Name}.Sanitize() + " " + c.Type)
+	}
+	_, err := tx.Exec(ctx, sql.String()+")")
+	return err
+}
+
+// exists reports whether the table's name is taken. It asks the catalog itself:
+// to_regclass may still answer from what the session knew before it waited.
+func (l *csvLoad) exists(ctx context.Context, tx pgx.Tx) (exists bool, err error) {
+	err = tx.QueryRow(ctx, `SELECT EXISTS (SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+		WHERE n.nspname = 'imports' AND c.relname = $1)`, l.table).Scan(&exists)
+	return exists, err
+}
+
+// lockName keeps other imports from taking or freeing the table's name before
+// the transaction ends, and reports whether there is a table.
+func (l *csvLoad) lockName(ctx context.Context, tx pgx.Tx) (exists bool, err error) {
+	if _, err := tx.Exec(ctx, "SELECT pg_advisory_xact_lock(hashtextextended('carpool csv:import ' || $1, 0))", l.table); err != nil {
+		return false, err
+	}
+	return l.exists(ctx, tx)
+}
+
+const lockNotAvailable = "55P03"
+
+// lockOut locks the table against everybody, when nobody uses it. It waits a
+// second at a time, with pauses: whoever comes while it waits has to wait too,
+// even to read, and it may be waiting for a report that takes an hour.
+func (l *csvLoad) lockOut(ctx context.Context, tx pgx.Tx) error {
+	var timeout string
+	if err := tx.QueryRow(ctx, "SELECT current_setting('lock_timeout')").Scan(&timeout); err != nil {
+		return err
+	}
+	for {
+		err := pgx.BeginFunc(ctx, tx, func(savepoint pgx.Tx) error {
+			if _, err := savepoint.Exec(ctx, "SET LOCAL lock_timeout = '1s'"); err != nil {
+				return err
+			}
+			_, err := savepoint.Exec(ctx, "LOCK TABLE "+importsTable(l.table)+" IN ACCESS EXCLUSIVE MODE")
+			return err
+		})
+		if e, ok := errors.AsType[*pgconn.PgError](err); !ok || e.Code != lockNotAvailable {
+			if err == nil {
+				_, err = tx.Exec(ctx, "SELECT set_config('lock_timeout', $1, true)", timeout)
+			}
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("wait until nobody uses imports.%s: %w", l.table, context.Cause(ctx))
+		case <-time.After(time.Second):
+		}
+	}
+}
+
+// csvFitting says which types of a table the inferred ones vouch for. Values for
+// other types, text among them, are Postgres' own to judge.
+var csvFitting = map[uint32]csvTypes{
+	pgtype.Int2OID:        csvBigint,
+	pgtype.Int4OID:        csvBigint,
+	pgtype.Int8OID:        csvBigint,
+	pgtype.Float4OID:      csvDouble,
+	pgtype.Float8OID:      csvDouble,
+	pgtype.BoolOID:        csvBoolean,
+	pgtype.DateOID:        csvDate,
+	pgtype.TimestamptzOID: csvTimestamptz,
+}
+
+// match finds the file's columns among the table's and checks that their values
+// fit.
+func (l *csvLoad) match(ctx context.Context, tx pgx.Tx) ([]CSVColumn, error) {
+	rows, err := tx.Query(ctx, `SELECT attname, atttypid, format_type(atttypid, atttypmod)
+		FROM pg_attribute WHERE attrelid = to_regclass($1) AND attnum > 0 AND NOT attisdropped
+		ORDER BY attnum`, importsTable(l.table))
+	if err != nil {
+		return nil, err
+	}
+	type attribute struct {
+		Name string
+		OID  uint32
+		Type string
+	}
+	attributes, err := pgx.CollectRows(rows, pgx.RowToStructByPos[attribute])
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	byName := make(map[string]attribute)
+	for _, a := range attributes {
+		names = append(names, a.Name)
+		byName[a.Name] = a
+	}
+	columns := make([]CSVColumn, len(l.sheet.columns))
+	for i := range l.sheet.columns {
+		c := &l.sheet.columns[i]
+		a, ok := byName[c.name]
+		if !ok {
+			return nil, Permanent(fmt.Errorf("imports.%s has no column %q; it has %s", l.table, c.name, strings.Join(names, ", ")))
+		}
+		if want, ok := csvFitting[a.OID]; ok && c.used && c.fits&want == 0 {
+			return nil, csvFault(c.misfitLine(want), "column %q: the value is not what the %s of imports.%s can keep unchanged", c.name, a.Type, l.table)
+		}
+		columns[i] = CSVColumn{c.name, strings.Replace(a.Type, "timestamp with time zone", "timestamptz", 1)}
+	}
+	return columns, nil
+}
+
+// copy streams the file's rows into a table. They travel as text, in COPY's own
+// format: Postgres reads each value as it stands in the file, whatever the type of
+// the column, and nothing is allocated for it here.
+func (l *csvLoad) copy(ctx context.Context, tx pgx.Tx, table string, columns []CSVColumn) error {
+	r, err := l.src.again(ctx)
+	if err != nil {
+		return err
+	}
+	names := make([]string, len(columns))
+	for i, c := range columns {
+		names[i] = c.Name
+	}
+	rows := &csvRows{csv: r, report: l.report}
+	err = copyText(ctx, tx.Conn(), pgx.Identifier{"imports", table}, names, rows)
+	if failed := rows.stop(); failed != nil {
+		err = failed // what Postgres says then is only that the copy was given up
+	}
+	if err == nil && r.in.sum.Sum64() == l.sheet.sum {
+		return nil
+	}
+	if err == nil || ctx.Err() == nil && l.changed() {
+		return errors.New("the file was changed while it was read")
+	}
+	return err
+}
+
+// copyText is pgx.Conn.CopyFrom for rows that are in COPY's text format already.
+// Tracers are told of it as they are of that: the pool counts statements, and
+// hears of lost connections, through them.
+func copyText(ctx context.Context, conn *pgx.Conn, table pgx.Identifier, columns []string, rows io.Reader) error {
+	tracer, traced := conn.Config().Tracer.(pgx.CopyFromTracer)
+	if traced {
+		ctx = tracer.TraceCopyFromStart(ctx, conn, pgx.TraceCopyFromStartData{TableName: table, ColumnNames: columns})
+	}
+	quoted := make([]string, len(columns))
+	for i, name := range columns {
+		quoted[i] = pgx.Identifier{name}.Sanitize()
+	}
+	tag, err := conn.PgConn().CopyFrom(ctx, rows, "COPY "+table.Sanitize()+" ("+strings.Join(quoted, ", ")+") FROM STDIN")
+	if traced {
+		tracer.TraceCopyFromEnd(ctx, conn, pgx.TraceCopyFromEndData{CommandTag: tag, Err: err})
+	}
+	return err
+}
+
+// changed reports whether the file is no longer the one that the first pass read.
+func (l *csvLoad) changed() bool {
+	if _, err := l.src.file.Seek(0, io.SeekStart); err != nil {
+		return false
+	}
+	var sum maphash.Hash
+	sum.SetSeed(l.src.seed)
+	if _, err := io.Copy(&sum, l.src.file); err != nil {
+		return false
+	}
+	return sum.Sum64() != l.sheet.sum
+}
+
+// csvRows is the records after the header, in COPY's text format.
+type csvRows struct {
+	mu      sync.Mutex // CopyFrom may return while its goroutine still reads
+	stopped bool
+	csv     *csvReader
+	report  func(phase string, rows, bytes int64)
+	begun   bool
+	buf     []byte // encoded, from at on not yet read
+	at      int
+	n       int64
+	err     error
+}
+
+// Read implements [io.Reader].
+func (r *csvRows) Read(p []byte) (int, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.stopped {
+		return 0, io.ErrClosedPipe
+	}
+	if r.at == len(r.buf) {
+		r.at, r.buf = 0, r.buf[:0]
+		for len(r.buf) < len(p) && r.err == nil {
+			r.encodeNext()
+		}
+	}
+	n := copy(p, r.buf[r.at:])
+	r.at += n
+	if n == 0 {
+		return 0, r.err
+	}
+	return n, nil
+}
+
+// stop ends reading and returns the error that ended it, nil if that was the end
+// of the file or nothing yet.
+func (r *csvRows) stop() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.stopped = true
+	if errors.Is(r.err, io.EOF) {
+		return nil
+	}
+	return r.err
+}
+
+func (r *csvRows) encodeNext() {
+	if !r.begun {
+		r.begun = true
+		if _, r.err = r.csv.next(); r.err != nil {
+			return
+		}
+	}
+	record, err := r.csv.next()
+	if err != nil {
+		r.err = err
+		return
+	}
+	for i, value := range record {
+		if i > 0 {
+			r.buf = append(r.buf, '\t')
+		}
+		if value == "" {
+			r.buf = append(r.buf, `\N`...)
+		} else {
+			r.buf = appendCopyText(r.buf, value)
+		}
+	}
+	r.buf = append(r.buf, '\n')
+	r.n++
+	if r.n%csvReportRows == 0 {
+		r.report("loading", r.n, r.csv.in.bytes)
+	}
+}
+
+// appendCopyText escapes what COPY's text format gives a meaning to.
+func appendCopyText(buf []byte, s string) []byte {
+	begin := 0
+	for i := range len(s) {
+		var c byte
+		switch s[i] {
+		case '\\':
+			c = '\\'
+		case '\t':
+			c = 't'
+		case '\n':
+			c = 'n'
+		case '\r':
+			c = 'r'
+		default:
+			continue
+		}
+		buf = append(buf, s[begin:i]...)
+		buf = append(buf, '\\', c)
+		begin = i + 1
+	}
+	return append(buf, s[begin:]...)
+}
+
+// databaseError is an error of Postgres without the values that it quotes.
+type databaseError struct {
+	text string
+	err  error
+}
+
+func (e *databaseError) Error() string { return e.text }
+func (e *databaseError) Unwrap() error { return e.err }
+
+// csvCopyContext finds row and column in the context of an error of COPY:
+// `COPY weather, line 3, column temp: "…"`, in the server's language.
+var csvCopyContext = regexp.MustCompile(`^COPY [^,]+, [^,\d]*(\d+)(?:, [^,:]*?([\pL\pM\pN_]+) ?:)?`)
+
+// wordError says what Postgres did not like in words that show no values, names
+// the line if it can, and makes what will not go away permanent.
+func (l *csvLoad) wordError(ctx context.Context, err error) error {
+	e, ok := errors.AsType[*pgconn.PgError](err)
+	if !ok {
+		return err
+	}
+	var text string
+	switch class := e.Code[:2]; {
+	case e.Code == "2BP01": // dependent objects
+		return Permanent(&databaseError{fmt.Sprintf("imports.%s can't be replaced, because other objects depend on it (%s); drop them first, or append",
+			l.table, strings.ReplaceAll(e.Detail, "\n", "; ")), err})
+	case e.Code == "22003":
+		text = "the value is out of the range of the column's type"
+	case e.Code == "22001":
+		text = "the value is too long for the column's type"
+	case class == "22":
+		text = "the value is not one of the column's type"
+	case class == "0A", class == "23", class == "42", class == "54":
+		text = e.Message // on features, constraints, definitions, limits; these name no values
+	case class == "21", class == "27", class == "44", class == "P0":
+		text = "a trigger of the table refuses the row"
+	default:
+		return &databaseError{fmt.Sprintf("imports.%s: %s (SQLSTATE %s)", l.table, e.Message, e.Code), err}
+	}
+	text = fmt.Sprintf("imports.%s: %s (SQLSTATE %s)", l.table, text, e.Code)
+	if m := csvCopyContext.FindStringSubmatch(e.Where); m != nil {
+		if m[2] != "" {
+			text = fmt.Sprintf("column %q: %s", m[2], text)
+		}
+		if row, err := strconv.ParseInt(m[1], 10, 64); err == nil {
+			if line := l.lineOf(ctx, row); line > 0 {
+				text = fmt.Sprintf("line %d: %s", line, text)
+			}
+		}
+	}
+	if e.Code == "42P01" { // the table was dropped meanwhile
+		return &databaseError{text, err}
+	}
+	return Permanent(&databaseError{text, err})
+}
+
+// lineOf is the line on which the nth row begins, 0 if it can't be found.
+func (l *csvLoad) lineOf(ctx context.Context, row int64) int {
+	r, err := l.src.again(ctx)
+	if err != nil {
+		return 0
+	}
+	for range row + 1 { // the header is no row
+		if _, err := r.next(); err != nil {
+			return 0
+		}
+	}
+	return r.fieldLine(0)
+}

@@ -1,0 +1,358 @@
+package tasks
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/csv"
+	"errors"
+	"fmt"
+	"hash/maphash"
+	"io"
+	"io/fs"
+	"net/http"
+	"net/url"
+	"os"
+	"strings"
+	"syscall"
+	"time"
+	"unicode/utf8"
+
+	"github.com/carpool-go/carpool/internal/outbound"
+)
+
+// csvSource is a CSV file that can be read twice: once to learn the types of its
+// columns, once to load it.
+type csvSource struct {
+	// name is the source without what may be secret in a URL.
+	name string
+	// first is what the first pass reads. Of a file it is the file, of a URL the
+	// answer's body, which is written to file on the way: a second request might
+	// be refused, or answered with something else.
+	first io.Reader
+	file  *os.File
+	seed  maphash.Seed
+	close func()
+}
+
+// open opens a source. The caller closes it.
+func (i CSVImporter) open(ctx context.Context, source string) (*csvSource, error) {
+	u, err := url.Parse(source)
+	if err != nil {
+		return nil, Permanent(errCSVSource)
+	}
+	s := &csvSource{
+		name: (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String(),
+		seed: maphash.MakeSeed(),
+	}
+	if u.Scheme == "file" {
+		err = i.openFile(s, u)
+	} else {
+		err = i.openURL(ctx, s, u)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", s.name, err)
+	}
+	return s, nil
+}
+
+func (i CSVImporter) openFile(s *csvSource, u *url.URL) error {
+	if i.ImportDir == "" {
+		return Permanent(errors.New("this worker reads no files; set IMPORT_DIR to the folder they are in"))
+	}
+	root, err := os.OpenRoot(i.ImportDir)
+	if err != nil {
+		return Permanent(fmt.Errorf("IMPORT_DIR: %w", err))
+	}
+	defer func() { _ = root.Close() }()
+	// Without O_NONBLOCK, opening a fifo waits for somebody to write to it.
+	f, err := root.OpenFile(strings.TrimLeft(u.Path, "/"), os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return Permanent(errors.New("there is no such file below IMPORT_DIR"))
+	case errors.Is(err, fs.ErrPermission):
+		return Permanent(errors.New("this worker may not read the file"))
+	case err != nil: // os.Root has no error to compare with for what leads outside
+		reason := err
+		if e, ok := errors.AsType[*fs.PathError](err); ok {
+			reason = e.Err
+		}
+		return Permanent(fmt.Errorf("it can't be opened below IMPORT_DIR: %w", reason))
+	}
+	info, err := f.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = Permanent(errors.New("it is not a regular file"))
+	}
+	if err != nil {
+		_ = f.Close()
+		return err
+	}
+	s.first, s.file = f, f
+	s.close = func() { _ = f.Close() }
+	return nil
+}
+
+// csvStall is how long a server may send nothing amid a file.
+const csvStall = time.Minute
+
+func (i CSVImporter) openURL(ctx context.Context, s *csvSource, u *url.URL) (err error) {
+	spool, err := os.CreateTemp("", "carpool-import-*.csv")
+	if err != nil {
+		return fmt.Errorf("keep a copy: %w", err)
+	}
+	// Removed at once where the system allows, so that nothing can leave it behind.
+	removed := os.Remove(spool.Name()) == nil
+	ctx, cancel := context.WithCancelCause(ctx)
+	s.close = func() {
+		cancel(nil)
+		_ = spool.Close()
+		if !removed {
+			_ = os.Remove(spool.Name())
+		}
+	}
+	defer func() {
+		if err != nil {
+			s.close()
+		}
+	}()
+
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+	if err != nil {
+		return Permanent(errCSVSource)
+	}
+	req.Header.Set("Accept", "text/csv, */*")
+	resp, err := i.Outbound.Client().Do(req)
+	if err != nil {
+		return csvRequestError(err)
+	}
+	release := s.close
+	s.close = func() {
+		_ = resp.Body.Close()
+		release()
+	}
+	switch code := resp.StatusCode; {
+	case code == http.StatusOK:
+	case code == http.StatusRequestTimeout, code == http.StatusTooEarly, code == http.StatusTooManyRequests, code >= 500:
+		return fmt.Errorf("the server answered %d %s", code, http.StatusText(code))
+	default:
+		return Permanent(fmt.Errorf("the server answered %d %s", code, http.StatusText(code)))
+	}
+	stall := i.stall
+	if stall == 0 {
+		stall = csvStall
+	}
+	s.file = spool
+	s.first = io.TeeReader(&stallReader{
+		r: resp.Body, ctx: ctx, after: stall,
+		timer: time.AfterFunc(stall, func() { cancel(fmt.Errorf("the server sent nothing for %v", stall)) }),
+	}, spool)
+	return nil
+}
+
+// csvRequestError says why a request failed, without the URL that net/http puts
+// into its errors.
+func csvRequestError(err error) error {
+	if e, ok := errors.AsType[*url.Error](err); ok {
+		err = e.Err
+	}
+	if strings.Contains(err.Error(), "Location header") {
+		return Permanent(errors.New("the server redirects to a URL that can't be read"))
+	}
+	if _, ok := errors.AsType[*outbound.BlockedError](err); ok {
+		return Permanent(err)
+	}
+	return err
+}
+
+// stallReader ends a request that makes no progress.
+type stallReader struct {
+	r     io.Reader
+	ctx   context.Context
+	after time.Duration
+	timer *time.Timer
+}
+
+func (s *stallReader) Read(p []byte) (int, error) {
+	s.timer.Reset(s.after)
+	n, err := s.r.Read(p)
+	s.timer.Stop()
+	if err != nil && !errors.Is(err, io.EOF) && s.ctx.Err() != nil {
+		err = context.Cause(s.ctx)
+	}
+	return n, err
+}
+
+// again returns a reader for another pass over the whole file.
+func (s *csvSource) again(ctx context.Context) (*csvReader, error) {
+	if _, err := s.file.Seek(0, io.SeekStart); err != nil {
+		return nil, fmt.Errorf("read it again: %w", err)
+	}
+	return newCSVReader(ctx, s.file, s.seed), nil
+}
+
+const (
+	csvBuffer = 64 << 10
+	// csvMaxRecord bounds a record, in bytes, and with it what a quote that is
+	// never closed may take of the memory.
+	csvMaxRecord = 8 << 20
+	// csvMaxColumns is what Postgres allows a table (MaxHeapAttributeNumber).
+	csvMaxColumns = 1600
+)
+
+var (
+	errCSVRecordLong = fmt.Errorf("the record that begins here is longer than %d MiB; is a quote not closed?", csvMaxRecord>>20)
+	errCSVManyFields = fmt.Errorf("it has more fields than the %d columns that Postgres allows a table", csvMaxColumns)
+)
+
+// csvReader reads the records of a CSV file as RFC 4180 has them. Empty lines
+// are skipped, and within quotes a CR before an LF is dropped, as encoding/csv
+// does.
+type csvReader struct {
+	csv   *csv.Reader
+	in    csvInput
+	begun bool
+	line  int // the last that was read whole
+}
+
+func newCSVReader(ctx context.Context, r io.Reader, seed maphash.Seed) *csvReader {
+	c := &csvReader{in: csvInput{ctx: ctx, r: r}}
+	c.in.sum.SetSeed(seed)
+	return c
+}
+
+// next returns the next record, which is valid until the next call; io.EOF after
+// the last. An error in the content is permanent and names its line; any other
+// says after which line the source failed.
+func (r *csvReader) next() ([]string, error) {
+	r.in.newRecord()
+	if !r.begun {
+		r.begun = true
+		buf := bufio.NewReaderSize(&r.in, csvBuffer)
+		if bom, _ := buf.Peek(3); string(bom) == "\uFEFF" {
+			_, _ = buf.Discard(3)
+		}
+		r.csv = csv.NewReader(buf) // which takes buf for its own buffer
+		r.csv.ReuseRecord = true
+	}
+	record, err := r.csv.Read()
+	if err == nil && r.in.err == nil {
+		last := len(record) - 1
+		line, _ := r.csv.FieldPos(last)
+		r.line = line + strings.Count(record[last], "\n")
+		return record, nil
+	}
+	switch {
+	case errors.Is(r.in.err, errCSVRecordLong), errors.Is(r.in.err, errCSVManyFields):
+		return nil, csvFault(r.line+1, "%w", r.in.err)
+	case r.in.err != nil:
+		// Before what the parser says of a record that was cut short by it.
+		return nil, fmt.Errorf("after line %d: %w", r.line, r.in.err)
+	case errors.Is(err, io.EOF):
+		return nil, io.EOF
+	}
+	e, ok := errors.AsType[*csv.ParseError](err)
+	switch {
+	case !ok:
+		return nil, fmt.Errorf("after line %d: %w", r.line, err)
+	case errors.Is(e.Err, csv.ErrFieldCount):
+		return nil, csvFault(e.Line, "%d fields, but the header has %d", len(record), r.csv.FieldsPerRecord)
+	case e.Line != e.StartLine:
+		return nil, csvFault(e.Line, "%w (in the record that begins on line %d)", e.Err, e.StartLine)
+	}
+	return nil, csvFault(e.Line, "%w", e.Err)
+}
+
+// fieldLine is the line on which field i of the last record begins.
+func (r *csvReader) fieldLine(i int) int {
+	line, _ := r.csv.FieldPos(i)
+	return line
+}
+
+// checkText reports what keeps field i of the last record from being text.
+func (r *csvReader) checkText(i int, s string) error {
+	if strings.IndexByte(s, 0) < 0 && utf8.ValidString(s) {
+		return nil
+	}
+	line := r.fieldLine(i)
+	for at, c := range s {
+		switch c {
+		case '\n':
+			line++
+		case 0:
+			return csvFault(line, "field %d has a NUL byte, which Postgres can't keep in text", i+1)
+		case utf8.RuneError:
+			if _, size := utf8.DecodeRuneInString(s[at:]); size == 1 {
+				return csvFault(line, "field %d is not UTF-8", i+1)
+			}
+		}
+	}
+	return nil
+}
+
+func csvFault(line int, format string, args ...any) error {
+	return Permanent(fmt.Errorf("line %d: %w", line, fmt.Errorf(format, args...)))
+}
+
+// csvInput stands between the source and the parser, which has no bounds.
+type csvInput struct {
+	ctx   context.Context
+	r     io.Reader
+	sum   maphash.Hash // of all bytes
+	bytes int64
+	// err is the first that is not io.EOF; next is one that came together with
+	// bytes, to be returned after those.
+	err, next error
+
+	quoted bool
+	// Since the last record was asked for. What the buffer reads ahead is counted
+	// to the record before, so both may be off by one buffer.
+	recordBytes, recordFields int
+}
+
+func (in *csvInput) newRecord() { in.recordBytes, in.recordFields = 0, 0 }
+
+func (in *csvInput) Read(p []byte) (int, error) {
+	if in.err == nil && in.ctx.Err() != nil {
+		in.err = context.Cause(in.ctx)
+	}
+	if in.err == nil {
+		in.err = in.next
+	}
+	if in.err != nil {
+		return 0, in.err
+	}
+	n, err := in.r.Read(p)
+	p = p[:n]
+	_, _ = in.sum.Write(p)
+	in.bytes += int64(n)
+	in.recordBytes += n
+	// Each comma outside quotes costs the parser 40 bytes, so that a line of
+	// nothing else must be stopped before it is parsed. Quotes come in pairs, or
+	// the parser refuses the record at the first that is alone.
+	if in.recordBytes > csvBuffer {
+		for _, c := range p {
+			if c == '"' {
+				in.quoted = !in.quoted
+			} else if c == ',' && !in.quoted {
+				in.recordFields++
+			}
+		}
+	} else if bytes.Count(p, []byte{'"'})%2 == 1 {
+		in.quoted = !in.quoted
+	}
+	switch {
+	case in.recordFields > csvMaxColumns+csvBuffer:
+		in.err = errCSVManyFields
+	case in.recordBytes > csvMaxRecord+csvBuffer:
+		in.err = errCSVRecordLong
+	case err != nil && !errors.Is(err, io.EOF):
+		if n > 0 {
+			in.next = err
+			return n, nil
+		}
+		in.err = err
+	default:
+		return n, err
+	}
+	return n, in.err
+}

@@ -1,0 +1,139 @@
+package tasks
+
+import (
+	"bytes"
+	"context"
+	"encoding/csv"
+	"errors"
+	"hash/maphash"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strings"
+	"testing"
+	"testing/iotest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/carpool-go/carpool/internal/outbound"
+)
+
+func TestCSVSource_AServerThatSendsNothingMoreIsGivenUp(t *testing.T) {
+	t.Parallel()
+	ended := make(chan struct{})
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.WriteString(w, "a,b\n1,2\n3,")
+		_ = http.NewResponseController(w).Flush()
+		<-r.Context().Done()
+		close(ended)
+	}))
+	defer server.Close()
+	guard, err := outbound.New("127.0.0.1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	src, err := CSVImporter{Outbound: guard, stall: 50 * time.Millisecond}.open(t.Context(), server.URL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer src.close()
+	_, err = src.infer(t.Context(), func(string, int64, int64) {})
+	if err == nil || err.Error() != "after line 2: the server sent nothing for 50ms" || IsPermanent(err) {
+		t.Errorf("error %v, permanent %t", err, IsPermanent(err))
+	}
+	<-ended
+}
+
+// A reader between the source and encoding/csv that bounds it must not change
+// what it reads, however the bytes come in.
+func FuzzCSVReader(f *testing.F) {
+	for _, s := range []string{
+		"a,b\n1,2\n", "\uFEFFa\r\n\"x\r\ny\"\r\n", "a,b\n1\n", "a\n\"", "a\n\"x\"y\n", "a\n\n\nb", "a\nx\"y\n", "\r\r\n\"\"\"\"", "a,b\n\"\n\n\",\"\n\"\n",
+	} {
+		f.Add([]byte(s))
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		reference := csv.NewReader(bytes.NewReader(bytes.TrimPrefix(data, []byte("\uFEFF"))))
+		for _, in := range []io.Reader{bytes.NewReader(data), iotest.DataErrReader(iotest.OneByteReader(bytes.NewReader(data)))} {
+			*reference = *csv.NewReader(bytes.NewReader(bytes.TrimPrefix(data, []byte("\uFEFF"))))
+			r := newCSVReader(context.Background(), in, maphash.MakeSeed())
+			for {
+				want, wantErr := reference.Read()
+				got, err := r.next()
+				if (wantErr == nil) != (err == nil) || errors.Is(wantErr, io.EOF) != errors.Is(err, io.EOF) {
+					t.Fatalf("error %v, encoding/csv says %v", err, wantErr)
+				}
+				if err != nil {
+					if !errors.Is(err, io.EOF) && !IsPermanent(err) {
+						t.Errorf("error %v is not permanent", err)
+					}
+					break
+				}
+				if !slices.Equal(got, want) {
+					t.Fatalf("record %q, encoding/csv has %q", got, want)
+				}
+				if end := bytes.Count(data[:int(r.csv.InputOffset())+len(data)-len(bytes.TrimPrefix(data, []byte("\uFEFF")))], []byte("\n")); r.line != end && r.line != end+1 {
+					t.Fatalf("record %q ends in line %d, counted as %d", got, end, r.line)
+				}
+			}
+			if r.in.bytes > int64(len(data)) {
+				t.Errorf("%d bytes were read of %d", r.in.bytes, len(data))
+			}
+		}
+	})
+}
+
+func TestCSVReader_AFailureComesAfterTheRecordsThatWereReadBefore(t *testing.T) {
+	t.Parallel()
+	away := errors.New("away")
+	for _, in := range []io.Reader{
+		io.MultiReader(strings.NewReader("a\n1\n2\n\"3"), iotest.ErrReader(away)),
+		iotest.OneByteReader(io.MultiReader(strings.NewReader("a\n1\n2\n3"), iotest.ErrReader(away))),
+		&bytesAndError{[]byte("a\n1\n2\n3"), away},
+	} {
+		r := newCSVReader(t.Context(), in, maphash.MakeSeed())
+		var read []string
+		var err error
+		for {
+			var record []string
+			if record, err = r.next(); err != nil {
+				break
+			}
+			read = append(read, record[0])
+		}
+		if diff := cmp.Diff([]string{"a", "1", "2"}, read); diff != "" {
+			t.Errorf("records (-want +got):\n%s", diff)
+		}
+		if !errors.Is(err, away) || err.Error() != "after line 3: away" || IsPermanent(err) {
+			t.Errorf("error %v, permanent %t", err, IsPermanent(err))
+		}
+	}
+}
+
+// bytesAndError returns both in one Read, as a reader may.
+type bytesAndError struct {
+	data []byte
+	err  error
+}
+
+func (r *bytesAndError) Read(p []byte) (int, error) {
+	n := copy(p, r.data)
+	r.data = r.data[n:]
+	return n, r.err
+}
+
+func TestCSVReader_StopsWhenTheJobIsCancelled(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithCancelCause(t.Context())
+	r := newCSVReader(ctx, io.MultiReader(strings.NewReader("a\n"), iotest.OneByteReader(strings.NewReader(strings.Repeat("1\n", 100)))), maphash.MakeSeed())
+	if _, err := r.next(); err != nil {
+		t.Fatal(err)
+	}
+	shutdown := errors.New("shutting down")
+	cancel(shutdown)
+	if _, err := r.next(); !errors.Is(err, shutdown) || IsPermanent(err) {
+		t.Errorf("error %v, permanent %t", err, IsPermanent(err))
+	}
+}

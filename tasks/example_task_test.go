@@ -1,0 +1,88 @@
+package tasks_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	. "github.com/carpool-go/carpool/tasks" // so that the task reads as in its own file
+	"github.com/carpool-go/carpool/tasks/taskstest"
+)
+
+// README:start
+
+// Greet greets somebody.
+type Greet struct {
+	Name string `json:"name" doc:"who is greeted" example:"Ada"`
+}
+
+func (Greet) Kind() string { return "greet:hello" }
+
+func (Greet) Options() Options {
+	return Options{Queue: "low", MaxRetry: 5, Timeout: time.Minute, Retention: time.Hour}
+}
+
+func (g Greet) Validate() error {
+	if g.Name == "" {
+		return errors.New("name: must not be empty")
+	}
+	return nil
+}
+
+func HandleGreet(ctx context.Context, job *Job, g Greet) (greeting string, err error) {
+	err = job.DB.QueryRow(ctx, "SELECT 'Hello, ' || $1 || '!'", g.Name).Scan(&greeting)
+	return greeting, err
+}
+
+// README:end
+
+func ExampleRegister() {
+	set := new(Set)
+	Register(set, HandleGreet)
+
+	task, _ := set.Lookup("greet:hello")
+	fmt.Println(task.Example())
+	_, err := task.Decode([]byte(`{"name": ""}`))
+	fmt.Println(err)
+	// Output:
+	// {"name": "Ada"}
+	// greet:hello payload: name: must not be empty
+}
+
+func TestREADME_ShowsTheTaskThatIsTestedHereInUnder25Lines(t *testing.T) {
+	t.Parallel()
+	source, err := os.ReadFile("example_task_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(source), "// README:start\n")
+	want, _, _ := strings.Cut(rest, "// README:end")
+	readme, err := os.ReadFile("../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	block := regexp.MustCompile("(?s)```go\npackage tasks\n(.*?)```").FindSubmatch(readme)
+	if block == nil {
+		t.Fatal("README.md has no Go code that begins with package tasks")
+	}
+	if got, want := strings.TrimSpace(string(block[1])), strings.TrimSpace(want); got != want {
+		t.Errorf("README.md shows\n%s\nbut what is tested is\n%s", got, want)
+	}
+	if n := strings.Count(string(block[0]), "\n") - 1; n >= 25 {
+		t.Errorf("a new task takes %d lines in README.md", n)
+	}
+}
+
+func TestHandleGreet_Greets(t *testing.T) {
+	t.Parallel()
+	kit := taskstest.New(t)
+	greeting, err := taskstest.Run(t, kit, HandleGreet, Greet{Name: "Ada"})
+	if err != nil || greeting != "Hello, Ada!" {
+		t.Errorf("greeting %q, error %v", greeting, err)
+	}
+}

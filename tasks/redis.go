@@ -1,0 +1,135 @@
+package tasks
+
+import (
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
+	"strconv"
+	"strings"
+
+	"github.com/redis/go-redis/v9"
+	"github.com/redis/go-redis/v9/maintnotifications"
+)
+
+const redisURLForms = `redis://[user:password@]host[:port][/db], rediss:// for TLS, ` +
+	`redis-sentinel://[user:password@]host[:port][,host…][/db]?master=name, or redis-cluster://[user:password@]host[:port][,host…]`
+
+// OpenRedis makes a client for a Redis URL without connecting yet. The schemes
+// are redis, rediss (TLS), redis-sentinel (with ?master=) and redis-cluster;
+// the latter two take several hosts, and rediss-sentinel and rediss-cluster use
+// TLS. Sentinels are asked with the same user and password as the server. The
+// errors never show the URL, which may hold a password.
+func OpenRedis(rawURL string) (redis.UniversalClient, error) {
+	opts, err := parseRedisURL(rawURL)
+	if err != nil {
+		return nil, fmt.Errorf("tasks: redis URL: %w; want %s", err, redisURLForms)
+	}
+	return redis.NewUniversalClient(opts), nil
+}
+
+func parseRedisURL(rawURL string) (*redis.UniversalOptions, error) {
+	scheme, _, ok := strings.Cut(rawURL, "://")
+	if !ok {
+		return nil, errors.New("it has no scheme")
+	}
+	// A list of hosts with ports is no valid authority to net/url: take the
+	// hosts out before the rest is parsed.
+	hosts, rest := cutHosts(rawURL[len(scheme)+len("://"):])
+	u, err := url.Parse(scheme + "://" + rest)
+	if err != nil {
+		// The error of url.Parse repeats the URL.
+		return nil, errors.New("it can't be parsed; special characters in the password must be %-encoded")
+	}
+	opts := &redis.UniversalOptions{
+		Username: u.User.Username(),
+		// What a hosted Redis offers for its own maintenance is not needed
+		// here, and a plain one answers it with an error.
+		DisableIdentity:          true,
+		MaintNotificationsConfig: &maintnotifications.Config{Mode: maintnotifications.ModeDisabled},
+	}
+	opts.Password, _ = u.User.Password()
+
+	base, withTLS := strings.CutPrefix(scheme, "rediss")
+	if !withTLS {
+		if base, ok = strings.CutPrefix(scheme, "redis"); !ok {
+			return nil, fmt.Errorf("scheme %.20q is unknown", scheme)
+		}
+	}
+	port, several := "6379", true
+	switch base {
+	case "":
+		several = false
+	case "-cluster":
+		opts.IsClusterMode = true
+	case "-sentinel":
+		port = "26379"
+		opts.MasterName = u.Query().Get("master")
+		if opts.MasterName == "" {
+			return nil, errors.New("redis-sentinel needs ?master=, the name the sentinels watch")
+		}
+		opts.SentinelUsername, opts.SentinelPassword = opts.Username, opts.Password
+	default:
+		return nil, fmt.Errorf("scheme %.20q is unknown", scheme)
+	}
+
+	for host := range strings.SplitSeq(hosts, ",") {
+		addr, err := hostPort(host, port)
+		if err != nil {
+			return nil, err
+		}
+		opts.Addrs = append(opts.Addrs, addr)
+	}
+	if len(opts.Addrs) > 1 && !several {
+		return nil, errors.New("it names several hosts; only redis-sentinel and redis-cluster do")
+	}
+	if db := strings.Trim(u.Path, "/"); db != "" {
+		opts.DB, err = strconv.Atoi(db)
+		if err != nil || opts.DB < 0 {
+			return nil, fmt.Errorf("the path must be the number of a database, such as /0")
+		}
+		if opts.IsClusterMode && opts.DB != 0 {
+			return nil, errors.New("a cluster has only database 0")
+		}
+	}
+	for name := range u.Query() {
+		if name != "master" || base != "-sentinel" {
+			return nil, fmt.Errorf("parameter %.40q is unknown", name)
+		}
+	}
+	if withTLS {
+		host, _, _ := net.SplitHostPort(opts.Addrs[0])
+		opts.TLSConfig = &tls.Config{ServerName: host, MinVersion: tls.VersionTLS12}
+		if several {
+			opts.TLSConfig.ServerName = "" // each host by its own name
+		}
+	}
+	return opts, nil
+}
+
+// cutHosts takes the hosts out of user:password@hosts/path?query and puts a
+// single placeholder in their place.
+func cutHosts(s string) (hosts, rest string) {
+	end := len(s)
+	if i := strings.IndexAny(s, "/?#"); i >= 0 {
+		end = i
+	}
+	start := strings.LastIndexByte(s[:end], '@') + 1
+	return s[start:end], s[:start] + "host" + s[end:]
+}
+
+func hostPort(s, defaultPort string) (string, error) {
+	if s == "" {
+		return "", errors.New("it names no host")
+	}
+	u, err := url.Parse("redis://" + s)
+	if err != nil || u.Hostname() == "" {
+		return "", errors.New("a host or port in it is wrong; special characters in the password must be %-encoded")
+	}
+	port := u.Port()
+	if port == "" {
+		port = defaultPort
+	}
+	return net.JoinHostPort(u.Hostname(), port), nil
+}

@@ -1,0 +1,242 @@
+package tasks
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"reflect"
+	"slices"
+	"strings"
+)
+
+// Set is the kinds of job that a worker can run. The zero value is empty and
+// ready for [Register]; once a worker uses it, it must not change.
+type Set struct {
+	byKind map[string]*Task
+}
+
+// Task is one registered kind of job.
+type Task struct {
+	Kind    string
+	Options Options
+	// Fields are the payload's, in the order of the struct.
+	Fields []Field
+
+	decode func([]byte) (Payload, error)
+	run    func(context.Context, *Job, Payload) (any, error)
+}
+
+// Field describes one field of a payload.
+type Field struct {
+	// Name and Type are as in JSON: "source", "string".
+	Name, Type string
+	// Optional fields may be left out.
+	Optional bool
+	// Doc is one line for people, and Example a value, as JSON; from the tags.
+	Doc, Example string
+}
+
+// Register adds the task of payload P and its handler to s. It panics on what
+// only a programmer can mend: a kind without a name, or one registered twice.
+func Register[P Payload, R any](s *Set, h Handler[P, R]) {
+	var zero P
+	kind := zero.Kind()
+	if kind == "" || strings.TrimSpace(kind) != kind {
+		panic(fmt.Sprintf("tasks: Register: %T has the kind %q; want a name such as \"csv:import\"", zero, kind))
+	}
+	if _, ok := s.byKind[kind]; ok {
+		panic(fmt.Sprintf("tasks: Register: kind %q is registered twice", kind))
+	}
+	if s.byKind == nil {
+		s.byKind = make(map[string]*Task)
+	}
+	t := &Task{
+		Kind:    kind,
+		Options: zero.Options().withDefaults(),
+		Fields:  fieldsOf(reflect.TypeFor[P]()),
+	}
+	t.decode = func(data []byte) (Payload, error) {
+		var p P
+		if err := decodeStrictly(data, &p, t.Fields); err != nil {
+			return nil, err
+		}
+		return p, p.Validate()
+	}
+	t.run = func(ctx context.Context, job *Job, p Payload) (any, error) {
+		return h(ctx, job, p.(P))
+	}
+	s.byKind[kind] = t
+}
+
+// Kinds returns the names of all kinds, sorted.
+func (s *Set) Kinds() []string {
+	kinds := make([]string, 0, len(s.byKind))
+	for kind := range s.byKind {
+		kinds = append(kinds, kind)
+	}
+	slices.Sort(kinds)
+	return kinds
+}
+
+// Lookup finds the task of a kind. The error wraps [ErrUnknownKind], names the
+// kinds there are, and is permanent.
+func (s *Set) Lookup(kind string) (*Task, error) {
+	if t, ok := s.byKind[kind]; ok {
+		return t, nil
+	}
+	return nil, Permanent(fmt.Errorf("%w %.100q: this worker knows %s", ErrUnknownKind, kind, strings.Join(s.Kinds(), ", ")))
+}
+
+// Decode turns JSON into the task's payload and validates it. Unknown fields
+// and anything after the object are errors. Every error is a permanent
+// [PayloadError] that names the field and doesn't show the payload.
+func (t *Task) Decode(data []byte) (Payload, error) {
+	p, err := t.decode(data)
+	if err != nil {
+		return nil, Permanent(&PayloadError{t.Kind, err})
+	}
+	return p, nil
+}
+
+// Run calls the handler with a payload from [Task.Decode] and returns its
+// result as JSON, nil for a handler that returned a nil result.
+func (t *Task) Run(ctx context.Context, job *Job, p Payload) ([]byte, error) {
+	result, err := t.run(ctx, job, p)
+	if err != nil || result == nil {
+		return nil, err
+	}
+	data, err := json.Marshal(result)
+	if err != nil {
+		return nil, Permanent(fmt.Errorf("the handler's result can't be written as JSON: %w", err))
+	}
+	return data, nil
+}
+
+// Example is a payload that is valid for the task, as one line of JSON, made
+// of its fields' examples.
+func (t *Task) Example() string {
+	var b strings.Builder
+	b.WriteByte('{')
+	for _, f := range t.Fields {
+		if f.Example == "" {
+			continue
+		}
+		if b.Len() > 1 {
+			b.WriteString(", ")
+		}
+		fmt.Fprintf(&b, "%q: %s", f.Name, f.Example)
+	}
+	b.WriteByte('}')
+	return b.String()
+}
+
+func decodeStrictly(data []byte, into any, fields []Field) error {
+	trimmed := bytes.TrimSpace(data)
+	if len(trimmed) == 0 {
+		return errors.New("it is empty; a JSON object is expected, {} at least")
+	}
+	if trimmed[0] != '{' {
+		return errors.New("it is not a JSON object")
+	}
+	dec := json.NewDecoder(bytes.NewReader(data))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(into); err != nil {
+		return withoutContent(err, fields)
+	}
+	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
+		return errors.New("there is something after the JSON object")
+	}
+	return nil
+}
+
+// withoutContent rewrites an error of encoding/json so that it names the place
+// but none of the payload's values.
+func withoutContent(err error, fields []Field) error {
+	if e, ok := errors.AsType[*json.SyntaxError](err); ok {
+		return fmt.Errorf("it is not valid JSON, at byte %d", e.Offset)
+	}
+	if e, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
+		got, _, _ := strings.Cut(e.Value, " ")
+		return fmt.Errorf("%s: want %s, got %s", e.Field, jsonType(e.Type), got)
+	}
+	if name, ok := strings.CutPrefix(err.Error(), "json: unknown field "); ok {
+		var known []string
+		for _, f := range fields {
+			known = append(known, f.Name)
+		}
+		if len(known) == 0 {
+			return fmt.Errorf("unknown field %.64s: this kind has no fields", name)
+		}
+		return fmt.Errorf("unknown field %.64s: the fields are %s", name, strings.Join(known, ", "))
+	}
+	if errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF) {
+		return errors.New("it is cut off: the JSON object has no end")
+	}
+	return errors.New("it can't be decoded")
+}
+
+func fieldsOf(t reflect.Type) []Field {
+	if t.Kind() != reflect.Struct {
+		panic(fmt.Sprintf("tasks: Register: payload %s is not a struct", t))
+	}
+	var fields []Field
+	for _, f := range reflect.VisibleFields(t) {
+		name, rest, _ := strings.Cut(f.Tag.Get("json"), ",")
+		if !f.IsExported() || f.Anonymous || name == "-" {
+			continue
+		}
+		if name == "" {
+			name = f.Name
+		}
+		example := f.Tag.Get("example")
+		if example != "" && jsonType(f.Type) == "string" {
+			quoted, err := json.Marshal(example)
+			if err != nil {
+				panic(fmt.Sprintf("tasks: Register: %s.%s: example: %v", t, f.Name, err))
+			}
+			example = string(quoted)
+		}
+		fields = append(fields, Field{
+			Name:     name,
+			Type:     jsonType(f.Type),
+			Optional: strings.Contains(rest, "omitempty") || strings.Contains(rest, "omitzero"),
+			Doc:      f.Tag.Get("doc"),
+			Example:  example,
+		})
+	}
+	return fields
+}
+
+func jsonType(t reflect.Type) string {
+	switch {
+	case t == reflect.TypeFor[json.RawMessage]():
+		return "any JSON"
+	case t.Implements(reflect.TypeFor[interface{ MarshalText() ([]byte, error) }]()):
+		return "string"
+	}
+	switch t.Kind() {
+	case reflect.Bool:
+		return "boolean"
+	case reflect.Int, reflect.Int8, reflect.Int16, reflect.Int32, reflect.Int64,
+		reflect.Uint, reflect.Uint8, reflect.Uint16, reflect.Uint32, reflect.Uint64:
+		return "integer"
+	case reflect.Float32, reflect.Float64:
+		return "number"
+	case reflect.String:
+		return "string"
+	case reflect.Slice, reflect.Array:
+		if t.Elem().Kind() == reflect.Uint8 {
+			return "string"
+		}
+		return "array"
+	case reflect.Pointer:
+		return jsonType(t.Elem())
+	case reflect.Interface:
+		return "any JSON"
+	default:
+		return "object"
+	}
+}

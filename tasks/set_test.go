@@ -1,0 +1,159 @@
+package tasks_test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/carpool-go/carpool/tasks"
+)
+
+// parcel has a field of every sort.
+type parcel struct {
+	To      string          `json:"to" doc:"who gets it" example:"Ada"`
+	Count   int             `json:"count" example:"2"`
+	Weight  float64         `json:"weight,omitempty"`
+	Fragile bool            `json:"fragile,omitempty"`
+	Tags    []string        `json:"tags,omitempty"`
+	Extra   json.RawMessage `json:"extra,omitempty"`
+	Due     *time.Time      `json:"due,omitempty"`
+	Inside  struct {
+		Size int `json:"size"`
+	} `json:"inside,omitzero"`
+}
+
+func (parcel) Kind() string           { return "parcel:send" }
+func (parcel) Options() tasks.Options { return tasks.Options{} }
+func (p parcel) Validate() error {
+	if p.To == "" {
+		return errors.New("to: must not be empty")
+	}
+	return nil
+}
+
+func parcelTask(t testing.TB) *tasks.Task {
+	t.Helper()
+	set := new(tasks.Set)
+	tasks.Register(set, func(context.Context, *tasks.Job, parcel) (string, error) { return "sent", nil })
+	task, err := set.Lookup("parcel:send")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return task
+}
+
+func TestTask_DescribesItsPayload(t *testing.T) {
+	t.Parallel()
+	task := parcelTask(t)
+	want := []tasks.Field{
+		{Name: "to", Type: "string", Doc: "who gets it", Example: `"Ada"`},
+		{Name: "count", Type: "integer", Example: "2"},
+		{Name: "weight", Type: "number", Optional: true},
+		{Name: "fragile", Type: "boolean", Optional: true},
+		{Name: "tags", Type: "array", Optional: true},
+		{Name: "extra", Type: "any JSON", Optional: true},
+		{Name: "due", Type: "string", Optional: true},
+		{Name: "inside", Type: "object", Optional: true},
+	}
+	if diff := cmp.Diff(want, task.Fields); diff != "" {
+		t.Errorf("(-want +got)\n%s", diff)
+	}
+	if got, want := task.Example(), `{"to": "Ada", "count": 2}`; got != want {
+		t.Errorf("example %s, want %s", got, want)
+	}
+	defaults := tasks.Options{Queue: "default", MaxRetry: tasks.DefaultMaxRetry, Timeout: tasks.DefaultTimeout}
+	if diff := cmp.Diff(defaults, task.Options); diff != "" {
+		t.Errorf("options: (-want +got)\n%s", diff)
+	}
+}
+
+func TestTask_DecodeNamesWhatIsWrongAndIsPermanent(t *testing.T) {
+	t.Parallel()
+	task := parcelTask(t)
+	for data, want := range map[string]string{
+		`{"to":"a","count":"three"}`:            "count: want integer, got string",
+		`{"to":"a","count":1.5}`:                "count: want integer, got number",
+		`{"to":"a","inside":{"size":"x"}}`:      "inside.size: want integer, got string",
+		`{"to":"a","inside":{"depth":1}}`:       `unknown field "depth": the fields are to, count, weight, fragile, tags, extra, due, inside`,
+		`{"to":"a","due":"yesterday"}`:          "it can't be decoded",
+		"\ufeff{}":                              "it is not a JSON object",
+		`{"to":"a"}x`:                           "there is something after the JSON object",
+		`null`:                                  "it is not a JSON object",
+		`{}`:                                    "to: must not be empty",
+		`{"` + strings.Repeat("x", 300) + `":1`: "",
+	} {
+		_, err := task.Decode([]byte(data))
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%.60s: error %v, want %q in it", data, err, want)
+			continue
+		}
+		if !tasks.IsPermanent(err) {
+			t.Errorf("%.60s: the error is not permanent: %v", data, err)
+		}
+		if len(err.Error()) > 250 {
+			t.Errorf("%.60s: the error has %d characters", data, len(err.Error()))
+		}
+	}
+}
+
+func FuzzTask_DecodeNeverPanicsAndNeverShowsValues(f *testing.F) {
+	task := parcelTask(f)
+	for _, seed := range []string{`{"to":"s3cr3t"}`, `{"to":"s3cr3t","count":"s3cr3t"}`, `{"to":["s3cr3t"]}`, `{`, ``, `{"to":"s3cr3t"}}`} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, data string) {
+		// A key may be named, so the secret is only looked for among the values.
+		if strings.Contains(data, `s3cr3t":`) {
+			return
+		}
+		_, err := task.Decode([]byte(data))
+		if err != nil && strings.Contains(err.Error(), "s3cr3t") && !strings.Contains(err.Error(), "unknown field") {
+			t.Errorf("the error shows a value: %v", err)
+		}
+	})
+}
+
+func TestSet_UnknownKindNamesTheKnownOnes(t *testing.T) {
+	t.Parallel()
+	_, err := tasks.Builtin(tasks.Config{}).Lookup("csv:imprt")
+	want := `unknown kind "csv:imprt": this worker knows csv:import, pool:validate, rows:prune, webhook:deliver`
+	if !errors.Is(err, tasks.ErrUnknownKind) || !tasks.IsPermanent(err) || err.Error() != want {
+		t.Errorf("error %q, want %q", err, want)
+	}
+}
+
+func TestBuiltin_EveryExampleIsValid(t *testing.T) {
+	t.Parallel()
+	set := tasks.Builtin(tasks.Config{})
+	for _, kind := range set.Kinds() {
+		task, err := set.Lookup(kind)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := task.Decode([]byte(task.Example())); err != nil {
+			t.Errorf("%s: %s: %v", kind, task.Example(), err)
+		}
+		for _, f := range task.Fields {
+			if f.Doc == "" {
+				t.Errorf("%s: field %s has no doc tag", kind, f.Name)
+			}
+		}
+	}
+}
+
+func TestPermanent_SurvivesWrappingAndKeepsTheText(t *testing.T) {
+	t.Parallel()
+	cause := errors.New("no such table")
+	err := tasks.Permanent(cause)
+	if !tasks.IsPermanent(err) || !errors.Is(err, cause) || err.Error() != "no such table" {
+		t.Errorf("Permanent: %v", err)
+	}
+	if tasks.Permanent(nil) != nil || tasks.RetryAfter(time.Second, nil) != nil || tasks.IsPermanent(cause) {
+		t.Error("nil, or an ordinary error, counts as one of ours")
+	}
+}
