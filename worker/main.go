@@ -1,0 +1,63 @@
+// Worker runs background jobs from Redis on one shared pool of Postgres
+// connections. See `worker --help`.
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/alecthomas/kong"
+)
+
+const (
+	exitFailed = 1 // something went wrong while it worked
+	exitUsage  = 2 // the command line or the settings are wrong
+)
+
+type cli struct {
+	Run     runCmd     `cmd:"" default:"withargs" help:"Pull jobs and run them until SIGTERM or SIGINT. This is the default."`
+	Enqueue enqueueCmd `cmd:"" help:"Put a job on its queue and print its id."`
+	Kinds   kindsCmd   `cmd:"" help:"Show the kinds of job, the fields of their payloads, and an example of each."`
+	Migrate migrateCmd `cmd:"" help:"Bring carpool's tables in the database up to date."`
+	Config  configCmd  `cmd:"" help:"Show the settings that are in effect, with secrets left out."`
+	Version versionCmd `cmd:"" help:"Show the version."`
+}
+
+func main() {
+	unsetEmpty()
+	parser, err := kong.New(new(cli),
+		kong.Name("worker"),
+		kong.Description("Background jobs from Redis, run on one shared pool of Postgres connections.\n\n"+
+			"Every setting is a variable of the environment, and a flag of the same name that wins over it. "+
+			"Flags are readable by everybody on the machine: a URL with a password goes into its variable."),
+		kong.UsageOnError(),
+		kong.ConfigureHelp(kong.HelpOptions{Compact: true, WrapUpperBound: 100}),
+	)
+	if err != nil {
+		panic(err) // the declarations above are wrong
+	}
+	ctx, err := parser.Parse(os.Args[1:])
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "worker: %v\nTry: worker --help\n", err)
+		os.Exit(exitUsage)
+	}
+	if err := ctx.Run(); err != nil {
+		fmt.Fprintf(os.Stderr, "worker: %v\n", err)
+		if _, wrong := errors.AsType[configError](err); wrong {
+			os.Exit(exitUsage)
+		}
+		os.Exit(exitFailed)
+	}
+}
+
+// unsetEmpty makes a variable that is set to nothing count as not set, as a
+// blank line in a dashboard's form is meant.
+func unsetEmpty() {
+	for _, entry := range os.Environ() {
+		if name, value, _ := strings.Cut(entry, "="); value == "" {
+			_ = os.Unsetenv(name)
+		}
+	}
+}

@@ -1,0 +1,241 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/hibiken/asynq"
+	"github.com/redis/go-redis/v9"
+
+	"github.com/carpool-go/carpool/dbpool"
+	"github.com/carpool-go/carpool/internal/schema"
+	"github.com/carpool-go/carpool/scheduler"
+	"github.com/carpool-go/carpool/tasks"
+)
+
+type runSettings struct {
+	redisSettings    `embed:""`
+	databaseSettings `embed:""`
+	startupSettings  `embed:""`
+	logSettings      `embed:""`
+	poolSettings     `embed:""`
+	workerSettings   `embed:""`
+	taskSettings     `embed:""`
+}
+
+type runCmd struct {
+	Burst bool `help:"Work off what is queued and due, then exit: for a cron job that pays for nothing else."`
+	runSettings
+}
+
+// Run is `worker run`: it owns the process from its configuration to its exit.
+func (r *runCmd) Run() error {
+	cfg, err := r.config()
+	if err != nil {
+		return err
+	}
+	level, format := new(faults).log(r.logSettings)
+	log := newLogger(os.Stderr, level, format)
+	redis.SetLogger(redisLog{log})
+
+	ctx, cancel := untilSignal(log, cfg.shutdownTimeout+endingGrace+stopGrace)
+	defer cancel()
+	err = r.work(ctx, cfg, log)
+	if err != nil && ctx.Err() != nil {
+		log.Info("stopped before it had started", "error", err)
+		return nil
+	}
+	return err
+}
+
+// stopGrace is what stopping may take beyond the time that jobs are given. It is
+// needed when Redis doesn't answer.
+const stopGrace = 5 * time.Second
+
+// untilSignal returns a context that ends with the first SIGTERM or SIGINT. The
+// second one ends the process, and so does the limit, before the platform does
+// with SIGKILL and without a word.
+func untilSignal(log *slog.Logger, limit time.Duration) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(context.Background())
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
+	go func() {
+		sig := <-signals
+		log.Info("stopping: no more jobs are fetched, those that run may finish", "signal", sig.String())
+		cancel()
+		why := "a second signal"
+		select {
+		case <-signals:
+		case <-time.After(limit):
+			why = "no end within " + limit.String()
+		}
+		log.Warn("stopped at once; jobs that ran are run again when their leases are over", "because_of", why)
+		os.Exit(exitFailed)
+	}()
+	return ctx, cancel
+}
+
+func (r *runCmd) work(ctx context.Context, cfg config, log *slog.Logger) error {
+	rdb, err := tasks.OpenRedis(cfg.redisURL)
+	if err != nil {
+		return err
+	}
+	defer rdb.Close()
+	cfg.pool.Logger = log
+	db, err := dbpool.Open(ctx, cfg.pool)
+	if err != nil {
+		return err
+	}
+	defer db.Close()
+	if err := waitFor(ctx, cfg.startupTimeout, log,
+		server{"REDIS_URL", func(ctx context.Context) error { return rdb.Ping(ctx).Err() }},
+		server{"DATABASE_URL", db.Ping},
+		server{"DATABASE_URL", func(ctx context.Context) error { return schema.Check(ctx, db) }},
+	); err != nil {
+		return err
+	}
+	warnOfEviction(ctx, rdb, log)
+
+	instance := instanceName()
+	queue := "instance-" + instance
+	client := tasks.NewClient(rdb)
+	inspector := asynq.NewInspectorFromRedisClient(rdb)
+	ending, end := context.WithCancelCause(context.Background())
+	defer end(nil)
+	f := &frame{tasks: tasks.Builtin(cfg.tasks), client: client, db: db, log: log, ending: ending}
+	servers, err := startServers(rdb, cfg, f, queue, end, log)
+	if err != nil {
+		return err
+	}
+	log.Info("worker started", "version", version(), "instance", instance,
+		"queues", r.Queues, "concurrency", cfg.concurrency, "fetchers", cfg.fetchers,
+		"pool_size", cfg.pool.Size, "max_overflow", cfg.pool.MaxOverflow)
+
+	if r.Burst {
+		untilIdle(ctx, inspector, cfg.queues, f, log)
+		servers.stop()
+	} else {
+		clock, err := scheduler.Start(scheduler.Config{
+			Client: client, Queue: queue, ValidateEvery: cfg.validateEvery, Log: log,
+		})
+		if err != nil {
+			servers.stop()
+			return err
+		}
+		<-ctx.Done()
+		clock.Stop()
+		servers.stop()
+	}
+	if err := inspector.DeleteQueue(queue, true); err != nil && !errors.Is(err, asynq.ErrQueueNotFound) {
+		log.Warn("the instance's own queue could not be removed", "queue", queue, "error", err)
+	}
+	log.Info("worker stopped")
+	return nil
+}
+
+// untilIdle returns when nothing is queued, due or running, or ctx is done. It
+// wants to see that twice, since a job that was just fetched is for a moment
+// neither queued nor running.
+func untilIdle(ctx context.Context, inspector *asynq.Inspector, queues map[string]int, f *frame, log *slog.Logger) {
+	tick := time.NewTicker(2 * idleCheck)
+	defer tick.Stop()
+	for seen := 0; seen < 2; {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		nothing, err := idle(inspector, queues)
+		switch {
+		case err != nil:
+			log.Warn("the queues could not be looked at", "error", err)
+			seen = 0
+		case nothing && f.running.Load() == 0:
+			seen++
+		default:
+			seen = 0
+		}
+	}
+}
+
+// server is one that the worker can't do without.
+type server struct {
+	variable string // that names it
+	check    func(context.Context) error
+}
+
+// waitFor waits until every server's check passes, in turn. A deploy starts
+// things in any order.
+func waitFor(ctx context.Context, timeout time.Duration, log *slog.Logger, servers ...server) error {
+	giveUp := time.Now().Add(timeout)
+	for _, s := range servers {
+		for wait := 250 * time.Millisecond; ; wait = min(2*wait, 5*time.Second) {
+			tryCtx, cancel := context.WithTimeout(ctx, 5*time.Second)
+			err := s.check(tryCtx)
+			cancel()
+			if err == nil {
+				break
+			}
+			left := time.Until(giveUp)
+			if left <= 0 {
+				return fmt.Errorf("%s: not ready after %s: %w", s.variable, timeout, err)
+			}
+			log.Warn("waiting for the server of "+s.variable, "error", err, "giving_up_in", left.Round(time.Second).String())
+			select {
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			case <-time.After(min(wait, left)):
+			}
+		}
+	}
+	return nil
+}
+
+// warnOfEviction says so if Redis is set to drop keys when its memory is full:
+// the keys are jobs.
+func warnOfEviction(ctx context.Context, rdb redis.UniversalClient, log *slog.Logger) {
+	memory, err := rdb.Info(ctx, "memory").Result()
+	if err != nil {
+		return // not every hosted Redis shows it
+	}
+	for line := range strings.Lines(memory) {
+		policy, ok := strings.CutPrefix(strings.TrimSpace(line), "maxmemory_policy:")
+		if ok && policy != "noeviction" {
+			log.Warn("Redis may drop jobs when its memory is full; set its maxmemory-policy to noeviction", "maxmemory_policy", policy)
+		}
+	}
+}
+
+// instanceName is the same for as long as the process lives and different for
+// any two that live at once.
+func instanceName() string {
+	host, _ := os.Hostname()
+	name := cmp.Or(os.Getenv("RENDER_INSTANCE_ID"), host, "worker")
+	return name + "-" + uuid.NewString()[:8]
+}
+
+// buildVersion is set by -ldflags "-X main.buildVersion=…".
+var buildVersion string
+
+func version() string {
+	if buildVersion != "" {
+		return buildVersion
+	}
+	if info, ok := debug.ReadBuildInfo(); ok {
+		if i := slices.IndexFunc(info.Settings, func(s debug.BuildSetting) bool { return s.Key == "vcs.revision" }); i >= 0 {
+			return info.Settings[i].Value[:12]
+		}
+	}
+	return "development"
+}
