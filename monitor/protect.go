@@ -1,0 +1,95 @@
+package main
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/json"
+	"net"
+	"net/http"
+)
+
+// protect puts in front of asynqmon, which has neither, a login and a guard
+// against other web pages that the reader has open.
+func protect(pages http.Handler, cfg config) http.Handler {
+	listens, _, _ := net.SplitHostPort(cfg.Addr)
+	guarded := http.NewCrossOriginProtection().Handler(pages)
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		h := w.Header()
+		h.Set("X-Frame-Options", "DENY")
+		h.Set("X-Content-Type-Options", "nosniff")
+		h.Set("Referrer-Policy", "no-referrer")
+		if cfg.Password == "" {
+			// A page elsewhere can point its own name at this address, and read
+			// what is answered. The browser then sends that name.
+			if host := hostOf(r.Host); !isLoopback(host) && host != listens {
+				http.Error(w, "this name is not known here; open the address that the monitor listens on", http.StatusForbidden)
+				return
+			}
+		} else if !cfg.admits(r) {
+			h.Set("WWW-Authenticate", `Basic realm="carpool", charset="UTF-8"`)
+			http.Error(w, "a login is needed", http.StatusUnauthorized)
+			return
+		}
+		guarded.ServeHTTP(w, r)
+	})
+}
+
+// admits compares in constant time, lengths included.
+func (c *config) admits(r *http.Request) bool {
+	user, password, _ := r.BasicAuth()
+	return same(user, c.User)&same(password, c.Password) == 1
+}
+
+func same(a, b string) int {
+	x, y := sha256.Sum256([]byte(a)), sha256.Sum256([]byte(b))
+	return subtle.ConstantTimeCompare(x[:], y[:])
+}
+
+func hostOf(hostPort string) string {
+	if host, _, err := net.SplitHostPort(hostPort); err == nil {
+		return host
+	}
+	return hostPort
+}
+
+func isLoopback(host string) bool {
+	if host == "localhost" {
+		return true
+	}
+	ip := net.ParseIP(host)
+	return ip != nil && ip.IsLoopback()
+}
+
+// shown is a payload or result as the page shows it. Its values may be personal
+// or secret, so by default only the names of the fields are shown.
+func (c *config) shown(data []byte) string {
+	if c.ShowPayloads || len(data) == 0 {
+		return string(data)
+	}
+	dec := json.NewDecoder(bytes.NewReader(data))
+	dec.UseNumber()
+	var v any
+	if err := dec.Decode(&v); err != nil {
+		return "(hidden; it is not JSON)"
+	}
+	masked, err := json.Marshal(mask(v))
+	if err != nil {
+		return "(hidden)"
+	}
+	return string(masked)
+}
+
+// mask replaces every value by an ellipsis. The names of nested fields are kept
+// out too: deep down they are data as often as not.
+func mask(v any) any {
+	fields, ok := v.(map[string]any)
+	if !ok {
+		return "…"
+	}
+	masked := make(map[string]string, len(fields))
+	for name := range fields {
+		masked[name] = "…"
+	}
+	return masked
+}
