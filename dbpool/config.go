@@ -43,6 +43,10 @@ type Config struct {
 	// LeakAfter is how long a connection may be out before its holder is logged;
 	// 0 is for ever.
 	LeakAfter time.Duration
+	// ThroughPooler is for a URL that leads to PgBouncer, or its like, in
+	// transaction mode: statements are not prepared under names, which the next
+	// transaction would not find on another of the pooler's connections.
+	ThroughPooler bool
 	// Echo logs each SQL statement at INFO, never its arguments.
 	Echo bool
 	// Logger takes what the pool logs; nil is [slog.Default].
@@ -148,6 +152,10 @@ func (p *Pool) pgxConfig() (*pgxpool.Config, error) {
 		Control:         setUserTimeout,
 	}
 	cfg.ConnConfig.DialFunc = dialer.DialContext
+	if p.cfg.ThroughPooler {
+		cfg.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeCacheDescribe
+		cfg.ConnConfig.StatementCacheCapacity = 0
+	}
 	if cfg.ConnConfig.ConnectTimeout <= 0 {
 		cfg.ConnConfig.ConnectTimeout = p.cfg.Timeout
 	}

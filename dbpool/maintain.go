@@ -137,7 +137,7 @@ func (p *Pool) Validate(ctx context.Context) (Validation, error) {
 	p.validations++
 	run := p.validations
 	p.mu.Unlock()
-	dead := 0 // or too old
+	replace := 0 // dead, or too old
 	for {
 		if err := ctx.Err(); err != nil {
 			return v, fmt.Errorf("dbpool: validate: %w", context.Cause(ctx))
@@ -150,14 +150,13 @@ func (p *Pool) Validate(ctx context.Context) (Validation, error) {
 			break
 		}
 		v.Checked++
-		switch {
-		case m.expired(time.Now()):
-			dead++
+		if m.expired(time.Now()) {
+			replace++
 			p.dispose(m, closedRecycled)
-		case !m.ping(ctx):
-			dead++
-			p.dispose(m, closedBroken)
-		default:
+			continue
+		}
+		switch m.ping(ctx) {
+		case alive:
 			p.mu.Lock()
 			p.aside--
 			kept := p.give(m)
@@ -165,10 +164,15 @@ func (p *Pool) Validate(ctx context.Context) (Validation, error) {
 			if !kept {
 				p.dispose(m, closedOthers)
 			}
+			continue
+		case silent:
+			replace += p.closeSuspects()
 		}
+		replace++
+		p.dispose(m, closedBroken)
 	}
 	opened, err := p.refill(ctx, p.cfg.Size)
-	v.Replaced = min(dead, opened)
+	v.Replaced = min(replace, opened)
 	if err != nil {
 		v.Errors++
 		p.log.Warn("validation could not open a connection", "error", err)

@@ -28,7 +28,7 @@ type member struct {
 	// last known to live: a later death makes it a suspect.
 	proven    uint64
 	recycleAt time.Time // zero: never
-	standby   bool      // it was a standby when it was opened
+	readOnly  bool      // it was when it was opened
 	idleSince time.Time
 	validated uint64 // the validation that looked at it last
 
@@ -74,11 +74,14 @@ func (m *member) attach(c *pgxpool.Conn) {
 	if r := m.pool.cfg.Recycle; r > 0 {
 		m.recycleAt = time.Now().Add(r - rand.N(r/10+1))
 	}
-	m.standby = m.isStandby()
+	m.readOnly = m.isReadOnly()
 }
 
-func (m *member) isStandby() bool {
-	return m.conn.Conn().PgConn().ParameterStatus("in_hot_standby") == "on"
+// isReadOnly reports whether the server is a standby or takes no writes. It says
+// so by itself when that changes, from Postgres 14 on, so this costs nothing.
+func (m *member) isReadOnly() bool {
+	pg := m.conn.Conn().PgConn()
+	return pg.ParameterStatus("in_hot_standby") == "on" || pg.ParameterStatus("default_transaction_read_only") == "on"
 }
 
 func (m *member) expired(now time.Time) bool {
@@ -89,17 +92,25 @@ func (m *member) expired(now time.Time) bool {
 // longer proof enough: something between here and there may have forgotten it.
 const pingIdle = 30 * time.Second
 
-// alive reports whether the connection can be lent. Mostly it only looks at the
+// health is what a check finds.
+type health int
+
+const (
+	alive health = iota
+	dead
+	silent // no answer in time: the network or the whole server may be away
+)
+
+// check reports whether the connection can be lent. Mostly it only looks at the
 // socket.
-func (m *member) alive(ctx context.Context) bool {
-	if m.pool.cfg.PrePing {
-		deaths := m.pool.deaths.Load()
-		if m.proven == deaths && time.Since(m.idleSince) < pingIdle && m.peek() == peekQuiet {
-			return true
-		}
-		return m.ping(ctx)
+func (m *member) check(ctx context.Context) health {
+	if !m.pool.cfg.PrePing {
+		return alive
 	}
-	return true
+	if m.proven == m.pool.deaths.Load() && time.Since(m.idleSince) < pingIdle && m.peek() == peekQuiet {
+		return alive
+	}
+	return m.ping(ctx)
 }
 
 func (m *member) peek() peeked {
@@ -112,27 +123,30 @@ func (m *member) peek() peeked {
 	return m.looked
 }
 
-// ping asks the server, within PingTimeout. A standby that was none is as good
-// as dead: a failover has left the connection behind.
-func (m *member) ping(ctx context.Context) bool {
+// ping asks the server, within PingTimeout. A connection that has become
+// read-only is as good as dead: a failover has left it behind.
+func (m *member) ping(ctx context.Context) health {
+	deaths := m.pool.deaths.Load()
 	if m.peek() == peekDead {
 		m.pool.died()
-		return false
+		return dead
 	}
-	deaths := m.pool.deaths.Load()
 	// Not the caller's context: that it gives up would break the connection.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), m.pool.cfg.PingTimeout)
 	defer cancel()
 	if err := m.conn.Conn().PgConn().Ping(ctx); err != nil {
 		m.pool.died()
-		return false
+		if ctx.Err() != nil {
+			return silent
+		}
+		return dead
 	}
-	if m.isStandby() && !m.standby {
+	if m.isReadOnly() && !m.readOnly {
 		m.pool.died()
-		return false
+		return dead
 	}
 	m.proven = deaths
-	return true
+	return alive
 }
 
 // usable reports whether the connection is in a state to be lent again.

@@ -123,13 +123,43 @@ func (p *Pool) acquire(ctx context.Context, c *Conn) error {
 			return fmt.Errorf("dbpool: acquire: %w", ErrClosed)
 		case m.expired(began):
 			p.discard(m, closedRecycled)
-		case !m.alive(ctx):
-			p.discard(m, closedBroken)
-		default:
+			continue
+		}
+		switch m.check(ctx) {
+		case alive:
 			p.lend(m, c, began)
 			return nil
+		case silent:
+			p.closeSuspects()
+		}
+		p.discard(m, closedBroken)
+	}
+}
+
+// closeSuspects closes the idle connections that are suspects, because one of
+// them did not answer in time. To ask each of them would take a whole
+// PingTimeout again, and a new connection is a better question to a server that
+// may be away. It returns how many it closed.
+func (p *Pool) closeSuspects() int {
+	deaths := p.deaths.Load()
+	var suspects []*member
+	p.mu.Lock()
+	kept := p.idle[:0]
+	for _, m := range p.idle {
+		if m.proven < deaths {
+			suspects = append(suspects, m)
+		} else {
+			kept = append(kept, m)
 		}
 	}
+	clear(p.idle[len(kept):])
+	p.idle = kept
+	p.aside += len(suspects)
+	p.mu.Unlock()
+	for _, m := range suspects {
+		p.dispose(m, closedBroken)
+	}
+	return len(suspects)
 }
 
 // takeIdle returns the connection that was used last, or nil if there is none

@@ -38,7 +38,7 @@ func (t tracer) ended(ctx context.Context, conn *pgx.Conn, err error) {
 	case isDeath(err), conn.IsClosed() && ctx.Err() == nil:
 		m.broken = true
 		t.pool.died()
-	case isReadOnly(err) && m.isStandby() && !m.standby:
+	case isReadOnly(err) && m.isReadOnly() && !m.readOnly:
 		m.broken = true
 		t.pool.died()
 	}
@@ -56,7 +56,7 @@ func isDeath(err error) bool {
 }
 
 // isReadOnly is SQLSTATE 25006, which a primary that became a standby gives, but
-// a transaction that was begun READ ONLY as well.
+// so does a transaction that was begun READ ONLY.
 func isReadOnly(err error) bool {
 	e, ok := errors.AsType[*pgconn.PgError](err)
 	return ok && e.Code == "25006"

@@ -41,6 +41,7 @@ type poolSettings struct {
 	PrePing       string `name:"db-pool-pre-ping" env:"DB_POOL_PRE_PING" default:"true" group:"Pool" help:"Check each connection before it is lent."`
 	ValidateEvery string `name:"db-pool-validate-every" env:"DB_POOL_VALIDATE_EVERY" default:"1m" group:"Pool" help:"How often idle connections are validated."`
 	LeakAfter     string `name:"db-pool-leak-after" env:"DB_POOL_LEAK_AFTER" default:"1m" group:"Pool" help:"Log who has held a connection this long; 0 for never."`
+	Pooler        string `name:"db-pooler" env:"DB_POOLER" default:"false" group:"Pool" help:"The URL leads to PgBouncer, or its like, in transaction mode."`
 	Echo          string `name:"db-echo" env:"DB_ECHO" default:"false" group:"Pool" help:"Log each SQL statement, never its arguments."`
 }
 
@@ -168,6 +169,7 @@ func (f *faults) pool(db databaseSettings, p poolSettings) dbpool.Config {
 	cfg.Recycle = f.duration("DB_POOL_RECYCLE", p.Recycle, 0, "30m")
 	cfg.PrePing = f.boolean("DB_POOL_PRE_PING", p.PrePing, "true")
 	cfg.LeakAfter = f.duration("DB_POOL_LEAK_AFTER", p.LeakAfter, 0, "1m")
+	cfg.ThroughPooler = f.boolean("DB_POOLER", p.Pooler, "false")
 	cfg.Echo = f.boolean("DB_ECHO", p.Echo, "false")
 	return cfg
 }

@@ -106,6 +106,7 @@ func (r *runCmd) work(ctx context.Context, cfg config, log *slog.Logger) error {
 		return err
 	}
 	warnOfEviction(ctx, rdb, log)
+	warnOfBudget(ctx, db, log)
 
 	instance := instanceName()
 	queue := "instance-" + instance
@@ -214,6 +215,18 @@ func warnOfEviction(ctx context.Context, rdb redis.UniversalClient, log *slog.Lo
 		if ok && policy != "noeviction" {
 			log.Warn("Redis may drop jobs when its memory is full; set its maxmemory-policy to noeviction", "maxmemory_policy", policy)
 		}
+	}
+}
+
+// warnOfBudget says so if the database can't hold this instance twice, as it must
+// during a deploy. How many instances there are, one of them can't know.
+func warnOfBudget(ctx context.Context, db *dbpool.Pool, log *slog.Logger) {
+	budget, err := db.Budget(ctx)
+	if err != nil {
+		return // a pooler, or a role that may not look, doesn't tell
+	}
+	if warning := budget.Warning(1); warning != "" {
+		log.Warn("the database may run out of connections", "why", warning)
 	}
 }
 
