@@ -48,7 +48,7 @@ type member struct {
 	looked peeked
 }
 
-const stackDepth = 12
+const stackDepth = 8
 
 type peeked int
 
@@ -101,16 +101,10 @@ const (
 	silent // no answer in time: the network or the whole server may be away
 )
 
-// check reports whether the connection can be lent. Mostly it only looks at the
-// socket.
-func (m *member) check(ctx context.Context) health {
-	if !m.pool.cfg.PrePing {
-		return alive
-	}
-	if m.proven == m.pool.deaths.Load() && time.Since(m.idleSince) < pingIdle && m.peek() == peekQuiet {
-		return alive
-	}
-	return m.ping(ctx)
+// looksAlive reports whether a look at the socket is enough to lend the
+// connection.
+func (m *member) looksAlive(now time.Time) bool {
+	return m.proven == m.pool.deaths.Load() && now.Sub(m.idleSince) < pingIdle && m.peek() == peekQuiet
 }
 
 func (m *member) peek() peeked {

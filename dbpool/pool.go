@@ -102,6 +102,7 @@ func (p *Pool) acquire(ctx context.Context, c *Conn) error {
 	began := time.Now()
 	borrower, _ := ctx.Value(borrowerKey{}).(*Borrower)
 	var giveUp *time.Timer
+	now := began // as long as nothing took time: the clock costs as much as the rest
 	for first := true; ; first = false {
 		m, err := p.takeIdle(ctx, borrower, began, first)
 		if m == nil && err == nil {
@@ -110,6 +111,7 @@ func (p *Pool) acquire(ctx context.Context, c *Conn) error {
 				defer giveUp.Stop()
 			}
 			m, err = p.await(ctx, borrower, giveUp.C, !first)
+			now = time.Now()
 		}
 		if err != nil {
 			if _, ok := errors.AsType[*TimeoutError](err); ok {
@@ -121,13 +123,18 @@ func (p *Pool) acquire(ctx context.Context, c *Conn) error {
 		case p.ctx.Err() != nil:
 			p.discard(m, closedOthers)
 			return fmt.Errorf("dbpool: acquire: %w", ErrClosed)
-		case m.expired(began):
+		case m.expired(now):
 			p.discard(m, closedRecycled)
 			continue
 		}
-		switch m.check(ctx) {
+		health := alive
+		if p.cfg.PrePing && !m.looksAlive(now) {
+			health = m.ping(ctx)
+			now = time.Now()
+		}
+		switch health {
 		case alive:
-			p.lend(m, c, began)
+			p.lend(m, c, now.Sub(began))
 			return nil
 		case silent:
 			p.closeSuspects()
@@ -245,18 +252,18 @@ func (p *Pool) takeOut(m *member, b *Borrower, now time.Time) {
 }
 
 // lend begins the loan of a connection that is out and was checked.
-func (p *Pool) lend(m *member, c *Conn, began time.Time) {
+func (p *Pool) lend(m *member, c *Conn, wait time.Duration) {
 	m.queries, m.broken, m.tx = 0, false, nil
 	if p.cfg.LeakAfter > 0 {
 		clear(m.stack[:])
-		runtime.Callers(4, m.stack[:])
+		runtime.Callers(3, m.stack[:])
 	}
 	c.member, c.loan = m, p.loans.Add(1)
 	m.loan.Store(c.loan)
 	if m.borrower != nil {
-		m.borrower.took(m, m.lent.Sub(began))
+		m.borrower.took(m, wait)
 	}
-	p.observeWait(time.Since(began))
+	p.observeWait(wait)
 }
 
 // giveBack ends a loan.

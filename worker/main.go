@@ -44,7 +44,9 @@ func main() {
 		os.Exit(exitUsage)
 	}
 	if err := ctx.Run(); err != nil {
-		fmt.Fprintf(os.Stderr, "worker: %v\n", err)
+		if !errors.Is(err, errLogged) {
+			fmt.Fprintf(os.Stderr, "worker: %v\n", err)
+		}
 		if _, wrong := errors.AsType[configError](err); wrong {
 			os.Exit(exitUsage)
 		}

@@ -22,11 +22,17 @@ import (
 	"github.com/carpool-go/carpool/tasks"
 )
 
-func TestMain(m *testing.M) { testservers.Main(m) }
+func TestMain(m *testing.M) {
+	testservers.Main(m, func() {
+		if path, err := binary(); err == nil {
+			_ = os.RemoveAll(filepath.Dir(path))
+		}
+	})
+}
 
 // binary is the worker as it is deployed, built once for the package's tests.
 var binary = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp("", "carpool-worker-test")
+	dir, err := os.MkdirTemp("", "carpool-worker-test-*")
 	if err != nil {
 		return "", err
 	}

@@ -52,12 +52,20 @@ func (r *runCmd) Run() error {
 	ctx, cancel := untilSignal(log, cfg.shutdownTimeout+endingGrace+stopGrace)
 	defer cancel()
 	err = r.work(ctx, cfg, log)
-	if err != nil && ctx.Err() != nil {
+	switch {
+	case err == nil:
+		return nil
+	case ctx.Err() != nil:
 		log.Info("stopped before it had started", "error", err)
 		return nil
+	default:
+		log.Error("the worker has failed", "error", err)
+		return errLogged
 	}
-	return err
 }
+
+// errLogged is the error of a command that has logged what went wrong.
+var errLogged = errors.New("the error was logged")
 
 // stopGrace is what stopping may take beyond the time that jobs are given. It is
 // needed when Redis doesn't answer.

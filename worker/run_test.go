@@ -271,6 +271,16 @@ func TestRun_SecondSignalExitsAtOnce(t *testing.T) {
 	}
 }
 
+func TestRun_SIGTERMEndsAWorkerWhoseRedisDoesNotAnswer(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	proxy := testservers.NewProxy(t, hostOf(t, b.redisURL))
+	p := b.start(t, "REDIS_URL="+strings.Replace(b.redisURL, hostOf(t, b.redisURL), proxy.Addr(), 1), "WORKER_SHUTDOWN_TIMEOUT=1s")
+	proxy.Blackhole()
+	p.signal(t, syscall.SIGTERM)
+	p.exit(t) // within the time that jobs are given, and a little more
+}
+
 func TestRun_BurstWorksOffWhatIsDueAndLeavesTheRest(t *testing.T) {
 	t.Parallel()
 	b, w := setup(t), receive(t)

@@ -29,11 +29,7 @@ func usable(t *testing.T) []identity {
 	if err != nil {
 		t.Fatal(err)
 	}
-	dir, err := os.MkdirTemp("", "carpool-probe-") // t.TempDir is closed to others
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer os.RemoveAll(dir)
+	dir := openDir(t)
 	ids := slices.DeleteFunc(identities(), func(id identity) bool {
 		err := id.probe(t.Context(), found.postgres, dir)
 		if err != nil {
@@ -72,11 +68,7 @@ func TestPostgres_RunsUnderEachIdentity(t *testing.T) {
 
 func TestPostgres_AFolderKeptUnderOneIdentityServesAnother(t *testing.T) {
 	t.Parallel()
-	dir, err := os.MkdirTemp("", "carpool-kept-") // t.TempDir is closed to others
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	dir := openDir(t)
 	for _, id := range usable(t) {
 		pg, err := startPostgres(t.Context(), PostgresConfig{Dir: dir}, defaultPostgresFinder(), []identity{id})
 		if err != nil {

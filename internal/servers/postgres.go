@@ -97,13 +97,9 @@ func (p *Postgres) prepare(ctx context.Context, candidates []identity) error {
 			return err
 		}
 	}
-	_, err := os.Stat(filepath.Join(p.dataDir(), "PG_VERSION"))
+	_, err := os.Stat(p.dataDir())
 	isNew := errors.Is(err, os.ErrNotExist)
 	if isNew {
-		// Left over from an initdb that was cut off; initdb wants an empty folder.
-		if err := os.RemoveAll(p.dataDir()); err != nil {
-			return err
-		}
 		p.password = newPassword()
 		if err := os.WriteFile(p.passwordFile(), []byte(p.password+"\n"), 0o600); err != nil {
 			return err
@@ -121,15 +117,29 @@ func (p *Postgres) prepare(ctx context.Context, candidates []identity) error {
 	if !isNew {
 		return nil
 	}
-	cmd := p.identity.command(p.programs.initdb, "--pgdata", p.dataDir(), "--username", "postgres",
-		"--pwfile", p.passwordFile(), "--auth", "scram-sha-256", "--encoding", "UTF8", "--no-locale", "--no-sync")
+	return p.initdb(ctx)
+}
+
+// initdb makes the data folder. It gets its name when it is whole, so that one that was cut off is never taken for it.
+func (p *Postgres) initdb(ctx context.Context) error {
+	unfinished := p.dataDir() + ".new"
+	if err := os.RemoveAll(unfinished); err != nil {
+		return err
+	}
+	args := []string{
+		"--pgdata", unfinished, "--username", "postgres", "--pwfile", p.passwordFile(),
+		"--auth", "scram-sha-256", "--encoding", "UTF8", "--no-locale",
+	}
+	if !p.cfg.Durable {
+		args = append(args, "--no-sync")
+	}
+	cmd := p.identity.command(p.programs.initdb, args...)
 	cmd.Dir = p.home.dir
 	cmd.Env = cleanEnv()
 	if err := run(ctx, cmd, "initdb", p.cfg.Log, p.home.dog.watch); err != nil {
-		// PG_VERSION is written early. Without this, the next start would take half a server for a whole one.
-		return errors.Join(fmt.Errorf("%s: %w", p.identity.name, err), os.RemoveAll(p.dataDir()))
+		return fmt.Errorf("%s: %w", p.identity.name, err)
 	}
-	return nil
+	return os.Rename(unfinished, p.dataDir())
 }
 
 // cleanEnv is our environment without what would lead Postgres's own programs astray.

@@ -199,7 +199,7 @@ func TestPostgres_StopLeavesNoProcessAndNoFile(t *testing.T) {
 
 func TestPostgres_ItsFolderIsKeptWithDataAndPassword(t *testing.T) {
 	t.Parallel()
-	cfg := PostgresConfig{Dir: filepath.Join(t.TempDir(), "kept"), Durable: true}
+	cfg := PostgresConfig{Dir: filepath.Join(openDir(t), "kept"), Durable: true}
 	first := newPostgres(t, cfg)
 	if _, err := connect(t, first.URL()).Exec(t.Context(), "CREATE TABLE mark (id int)"); err != nil {
 		t.Fatal(err)
@@ -221,8 +221,13 @@ func TestPostgres_ItsFolderIsKeptWithDataAndPassword(t *testing.T) {
 
 func TestPostgres_AnInitdbThatWasCutOffIsDoneAgain(t *testing.T) {
 	t.Parallel()
-	dir := t.TempDir()
-	if err := os.MkdirAll(filepath.Join(dir, "data", "base"), 0o700); err != nil {
+	dir := openDir(t)
+	// As initdb leaves it when it is killed: the version is there early on, the rest is not.
+	unfinished := filepath.Join(dir, "data.new")
+	if err := os.MkdirAll(unfinished, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(unfinished, "PG_VERSION"), []byte("15\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	mustAnswer(t, newPostgres(t, PostgresConfig{Dir: dir}).URL())
@@ -301,6 +306,20 @@ func newPostgres(t *testing.T, cfg PostgresConfig) *Postgres {
 		}
 	})
 	return pg
+}
+
+// openDir is a temporary folder that other users may search, as Postgres may have to run as one. t.TempDir is closed to them.
+func openDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "carpool-test-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return dir
 }
 
 // connect opens a session that is closed when the test ends.

@@ -5,6 +5,7 @@ package servers
 import (
 	"fmt"
 	"io"
+	"os"
 	"os/exec"
 	"strconv"
 	"strings"
@@ -44,7 +45,9 @@ while [ -n "$1" ] && [ -e "$1" ] && [ $n -lt 20 ]; do n=$((n+1)); rm -rf -- "$1"
 `
 
 func startWatchdog(temporary string) (*watchdog, error) {
-	cmd := exec.Command("/bin/sh", "-c", watchdogScript, "carpool-watchdog", temporary)
+	// The script goes through the environment: ps then shows one short line.
+	cmd := exec.Command("/bin/sh", "-c", `eval "$CARPOOL_WATCHDOG"`, "carpool-watchdog", temporary)
+	cmd.Env = append(os.Environ(), "CARPOOL_WATCHDOG="+watchdogScript)
 	cmd.Dir = "/" // must not keep a folder busy that is to be removed
 	detach(cmd, 0)
 	in, err := cmd.StdinPipe()

@@ -41,9 +41,13 @@ type pair struct {
 const giveUpAfter = 2 * time.Minute
 
 // Main is to be called by TestMain. It runs the package's tests, stops the servers they started, fails if a goroutine is
-// left, and exits.
-func Main(m *testing.M) {
-	os.Exit(shared.main(m.Run))
+// left, calls then, and exits.
+func Main(m *testing.M, then ...func()) {
+	code := shared.main(m.Run)
+	for _, f := range then {
+		f()
+	}
+	os.Exit(code)
 }
 
 func (p *pair) main(tests func() int) int {

@@ -1,0 +1,404 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	_ "embed"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/carpool-go/carpool/internal/servers"
+)
+
+//go:embed data/seattle-weather.csv
+var seattleWeather []byte
+
+// stack is everything that dev starts. Fields are nil until their part is up; bringDown takes down what there is.
+type stack struct {
+	root     string          // of the module
+	folder   *servers.Folder // programs, the file to import, the environment to paste
+	postgres *servers.Postgres
+	redis    interface{ Stop() error }
+	receiver *receiver
+	worker   *servers.Program
+	monitor  *servers.Program
+	log      *workerLog
+
+	databaseURL, redisURL string
+	monitorURL            string
+	webhookSecret         string
+}
+
+// giveUpAfter bounds each wait for something that takes seconds when all is well.
+const giveUpAfter = 2 * time.Minute
+
+// newStack prepares what is about to be brought up; bringDown removes it.
+func newStack(ctx context.Context) (*stack, error) {
+	root, err := moduleRoot(ctx)
+	if err != nil {
+		return nil, err
+	}
+	secret := make([]byte, 24)
+	_, _ = rand.Read(secret) // never fails
+	folder, err := servers.NewFolder("carpool-dev-")
+	if err != nil {
+		return nil, err
+	}
+	return &stack{
+		root: root, folder: folder, log: newWorkerLog(),
+		webhookSecret: "whsec_" + base64.StdEncoding.EncodeToString(secret),
+	}, nil
+}
+
+// bringUp starts everything. On an error, what is up by then waits for bringDown.
+func (s *stack) bringUp(ctx context.Context, opts options, out io.Writer) error {
+	if err := os.MkdirAll(s.importDir(), 0o700); err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(s.importDir(), "seattle-weather.csv"), seattleWeather, 0o600); err != nil {
+		return err
+	}
+	// These three take their time, so they are done at once. Each says when it has finished; the first error ends all.
+	progress := &lines{out: out}
+	starting, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
+	var all sync.WaitGroup
+	for _, start := range []func(context.Context, options, *lines) error{s.build, s.startPostgres, s.startRedis} {
+		all.Go(func() {
+			if err := start(starting, opts, progress); err != nil {
+				fail(err)
+			}
+		})
+	}
+	all.Wait()
+	if err := context.Cause(starting); err != nil {
+		return err
+	}
+	for _, start := range []func(context.Context, *lines) error{
+		s.migrate, s.startReceiver, s.startWorker, s.startMonitor, s.writeEnvironment,
+	} {
+		if err := start(ctx, progress); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// bringDown ends what runs, last things first, and removes what is temporary.
+func (s *stack) bringDown() error {
+	// The worker may finish what it has begun; its own limit comes before this one.
+	const grace = 15 * time.Second
+	if s.worker != nil {
+		s.worker.Stop(grace)
+	}
+	if s.monitor != nil {
+		s.monitor.Stop(grace)
+	}
+	var errs []error
+	if s.receiver != nil {
+		errs = append(errs, s.receiver.stop())
+	}
+	if s.redis != nil {
+		errs = append(errs, s.redis.Stop())
+	}
+	if s.postgres != nil {
+		errs = append(errs, s.postgres.Stop())
+	}
+	return errors.Join(append(errs, s.folder.Remove())...)
+}
+
+func (s *stack) importDir() string       { return filepath.Join(s.folder.Path(), "imports") }
+func (s *stack) environmentFile() string { return filepath.Join(s.folder.Path(), "env") }
+func (s *stack) program(name string) string {
+	if runtime.GOOS == "windows" {
+		name += ".exe"
+	}
+	return filepath.Join(s.folder.Path(), "bin", name)
+}
+
+// moduleRoot finds the clone of carpool that we are in: its programs are built from there.
+func moduleRoot(ctx context.Context) (string, error) {
+	out, err := exec.CommandContext(ctx, "go", "env", "GOMOD").Output()
+	if err != nil {
+		return "", fmt.Errorf("ask go where the module is: %w", err)
+	}
+	root := filepath.Dir(strings.TrimSpace(string(out)))
+	for _, program := range []string{"worker", "monitor"} {
+		if _, err := os.Stat(filepath.Join(root, program)); err != nil {
+			return "", errors.New("this is not a clone of carpool; run it in one: go run ./dev")
+		}
+	}
+	return root, nil
+}
+
+// build builds the programs that Render runs, too. What they share with this one was built with it and is cached.
+func (s *stack) build(ctx context.Context, _ options, progress *lines) error {
+	began := time.Now()
+	cmd := exec.Command("go", "build", "-o", filepath.Dir(s.program("worker"))+string(filepath.Separator), "./worker", "./monitor")
+	cmd.Dir = s.root
+	slow := time.AfterFunc(5*time.Second, func() {
+		progress.printf("  … building the worker and the monitor; the first time takes a minute or two")
+	})
+	defer slow.Stop()
+	if err := runToEnd(ctx, cmd, nil); err != nil {
+		return fmt.Errorf("build the worker and the monitor: %w", err)
+	}
+	progress.printf("  worker and monitor built in %s", took(began))
+	return nil
+}
+
+// runToEnd runs a program until it ends, or the context does.
+func runToEnd(ctx context.Context, cmd *exec.Cmd, out io.Writer) error {
+	p, err := servers.StartProgram(cmd, out)
+	if err != nil {
+		return err
+	}
+	defer p.Stop(5 * time.Second)
+	select {
+	case <-p.Done():
+		return p.Err()
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+func (s *stack) startPostgres(ctx context.Context, opts options, progress *lines) error {
+	if s.databaseURL = os.Getenv("DATABASE_URL"); s.databaseURL != "" {
+		progress.printf("  Postgres: yours, from DATABASE_URL")
+		return nil
+	}
+	began := time.Now()
+	cfg := servers.PostgresConfig{Log: downloads{progress}}
+	if opts.data != "" {
+		cfg.Dir, cfg.Durable = filepath.Join(opts.data, "postgres"), true
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*giveUpAfter) // it may have to be downloaded
+	defer cancel()
+	pg, err := servers.StartPostgres(ctx, cfg)
+	if err != nil {
+		return fmt.Errorf("%w\n(or set DATABASE_URL to a Postgres that you have)", err)
+	}
+	s.postgres = pg
+	if s.databaseURL, err = pg.Database(ctx, "carpool"); err != nil {
+		return err
+	}
+	progress.printf("  Postgres %s", where(s.databaseURL, began))
+	return nil
+}
+
+func (s *stack) startRedis(ctx context.Context, opts options, progress *lines) error {
+	if s.redisURL = os.Getenv("REDIS_URL"); s.redisURL != "" {
+		progress.printf("  Redis: yours, from REDIS_URL")
+		return nil
+	}
+	began := time.Now()
+	cfg := servers.RedisConfig{}
+	if opts.data != "" {
+		cfg.Dir, cfg.AppendFsync = filepath.Join(opts.data, "redis"), "everysec"
+	}
+	ctx, cancel := context.WithTimeout(ctx, giveUpAfter)
+	defer cancel()
+	r, err := servers.StartRedis(ctx, cfg)
+	if err == nil {
+		s.redis, s.redisURL = r, r.URL()
+		progress.printf("  Redis %s", where(s.redisURL, began))
+		return nil
+	}
+	if !errors.Is(err, servers.ErrNotFound) {
+		return err
+	}
+	mini, miniErr := servers.StartMiniRedis(ctx)
+	if miniErr != nil {
+		return errors.Join(err, miniErr)
+	}
+	s.redis, s.redisURL = mini, mini.URL()
+	progress.printf("  Redis: a stand-in within this process, since there is no redis-server; it is slower and keeps nothing")
+	return nil
+}
+
+// where says where a server is, without its password.
+func where(address string, began time.Time) string {
+	host := ""
+	if u, err := url.Parse(address); err == nil {
+		host = u.Host
+	}
+	return fmt.Sprintf("on %s after %s", host, took(began))
+}
+
+func (s *stack) migrate(ctx context.Context, progress *lines) error {
+	cmd := exec.Command(s.program("worker"), "migrate")
+	cmd.Env = s.environ("LOG_FORMAT=text", "NO_COLOR=1")
+	if err := runToEnd(ctx, cmd, nil); err != nil {
+		return fmt.Errorf("worker migrate: %w", err)
+	}
+	progress.printf("  migrations applied (worker migrate)")
+	return nil
+}
+
+func (s *stack) startReceiver(context.Context, *lines) (err error) {
+	s.receiver, err = startReceiver(s.webhookSecret)
+	return err
+}
+
+func (s *stack) startWorker(ctx context.Context, progress *lines) error {
+	cmd := exec.Command(s.program("worker"), "run")
+	cmd.Env = s.environ("LOG_FORMAT=json", "LOG_LEVEL=debug", "DB_POOL_VALIDATE_EVERY=2s", "WORKER_SHUTDOWN_TIMEOUT=5s")
+	worker, err := servers.StartProgram(cmd, s.log)
+	if err != nil {
+		return err
+	}
+	s.worker = worker
+	select {
+	case <-s.log.started:
+		progress.printf("  worker started (worker run)")
+		return nil
+	case <-worker.Done():
+		return fmt.Errorf("the worker did not start: %w", worker.Err())
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-time.After(giveUpAfter):
+		return fmt.Errorf("the worker has not started within %s", giveUpAfter)
+	}
+}
+
+func (s *stack) startMonitor(ctx context.Context, progress *lines) error {
+	port, err := portNear(8080)
+	if err != nil {
+		return err
+	}
+	address := net.JoinHostPort("127.0.0.1", strconv.Itoa(port))
+	cmd := exec.Command(s.program("monitor"))
+	cmd.Env = s.environ("MONITOR_ADDR="+address, "MONITOR_SHOW_PAYLOADS=true")
+	if s.monitor, err = servers.StartProgram(cmd, nil); err != nil {
+		return err
+	}
+	s.monitorURL = "http://" + address + "/"
+	giveUp := time.After(giveUpAfter)
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		if answers(ctx, s.monitorURL) {
+			progress.printf("  monitor on %s", s.monitorURL)
+			return nil
+		}
+		select {
+		case <-tick.C:
+		case <-s.monitor.Done():
+			return fmt.Errorf("the monitor did not start: %w", s.monitor.Err())
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-giveUp:
+			return fmt.Errorf("the monitor does not answer on %s", s.monitorURL)
+		}
+	}
+}
+
+func answers(ctx context.Context, url string) bool {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return false
+	}
+	res, err := (&http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}).Do(req)
+	if err != nil {
+		return false
+	}
+	_ = res.Body.Close()
+	return true
+}
+
+// portNear finds a free port on 127.0.0.1 from the wanted one upwards.
+func portNear(wanted int) (int, error) {
+	for port := wanted; port < wanted+100; port++ {
+		if l, err := net.Listen("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port))); err == nil {
+			return port, l.Close()
+		}
+	}
+	return servers.FreePort()
+}
+
+// settings is the environment of the programs: what differs from the user's own.
+func (s *stack) settings() []string {
+	return []string{
+		"DATABASE_URL=" + s.databaseURL,
+		"REDIS_URL=" + s.redisURL,
+		"IMPORT_DIR=" + s.importDir(),
+		"WEBHOOK_SECRET=" + s.webhookSecret,
+		"OUTBOUND_ALLOW=127.0.0.1", // where the receiver of webhooks is
+	}
+}
+
+// environ is the user's environment with the settings and further ones in it.
+func (s *stack) environ(further ...string) []string {
+	return slices.Concat(os.Environ(), s.settings(), further)
+}
+
+// writeEnvironment writes a file to be read by a shell, so that the passwords in it need not be shown.
+func (s *stack) writeEnvironment(context.Context, *lines) error {
+	var b strings.Builder
+	for _, setting := range s.settings() {
+		name, value, _ := strings.Cut(setting, "=")
+		fmt.Fprintf(&b, "export %s=%s\n", name, quoted(value))
+	}
+	fmt.Fprintf(&b, "export PATH=%s:\"$PATH\"\n", quoted(filepath.Dir(s.program("worker"))))
+	return os.WriteFile(s.environmentFile(), []byte(b.String()), 0o600)
+}
+
+func (s *stack) printWhatToTry(out io.Writer) {
+	csv := `{"source": "file:///seattle-weather.csv", "table": "weather", "mode": "replace"}`
+	webhook := fmt.Sprintf(`{"url": %q, "event": "hello", "body": {"to": "you"}}`, s.receiver.url)
+	fmt.Fprintf(out, `
+What to try next
+  Look at the queues and at each job's result: %s
+  In another terminal, first take over the environment, then enqueue jobs and look at what they did:
+    . %s
+    worker kinds
+    worker enqueue csv:import %s --wait
+    worker enqueue webhook:deliver %s --wait
+    psql "$DATABASE_URL" -c 'SELECT weather, count(*) FROM imports.weather GROUP BY 1'
+  Put a CSV file of your own into %s and import it.
+
+Jobs are shown here as they end. Ctrl-C ends it all.
+
+`, s.monitorURL, quoted(s.environmentFile()), quoted(csv), quoted(webhook), s.importDir())
+}
+
+// lines writes whole lines from several goroutines.
+type lines struct {
+	mu  sync.Mutex
+	out io.Writer
+}
+
+func (l *lines) printf(format string, args ...any) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	fmt.Fprintf(l.out, format+"\n", args...)
+}
+
+// downloads passes on what the start of Postgres says of a download, which takes long, and drops the rest.
+type downloads struct{ progress *lines }
+
+func (d downloads) Write(b []byte) (int, error) {
+	for line := range strings.Lines(string(b)) {
+		if strings.HasPrefix(line, "downloading ") {
+			d.progress.printf("  … %s", strings.TrimSpace(line))
+		}
+	}
+	return len(b), nil
+}
+
+// quoted is an argument that can be pasted into a shell.
+func quoted(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
