@@ -23,20 +23,19 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	testservers.Main(m, func() {
-		if path, err := binary(); err == nil {
-			_ = os.RemoveAll(filepath.Dir(path))
-		}
-	})
-}
-
-// binary is the worker as it is deployed, built once for the package's tests.
-var binary = sync.OnceValues(func() (string, error) {
 	dir, err := os.MkdirTemp("", "carpool-worker-test-*")
 	if err != nil {
-		return "", err
+		panic(err)
 	}
-	path := filepath.Join(dir, "worker")
+	binary = sync.OnceValues(func() (string, error) { return build(filepath.Join(dir, "worker")) })
+	testservers.Main(m, func() { _ = os.RemoveAll(dir) })
+}
+
+// binary is the worker as it is deployed, built once for the package's tests,
+// when the first asks for it.
+var binary func() (path string, err error)
+
+func build(path string) (string, error) {
 	args := []string{"build", "-o", path}
 	if raceEnabled {
 		args = append(args, "-race")
@@ -46,7 +45,7 @@ var binary = sync.OnceValues(func() (string, error) {
 		return "", fmt.Errorf("go build: %w\n%s", err, out)
 	}
 	return path, nil
-})
+}
 
 // bundle is what a test of the binary works with: servers of its own, a client
 // to enqueue with, and an inspector to look with.
