@@ -242,22 +242,28 @@ func csvIntegerTypes(s string, digits int) csvTypes {
 	}
 }
 
-// csvDoubleTells reports whether the double nearest to s, written with as many
-// digits as s has, gives the digits of s again. digits has neither leading nor
-// trailing zeros; exp is the power of ten of the first.
+// csvDoubleTells reports whether the double nearest to s gives the digits of s
+// again, written as short as can be or with as many digits as s has. digits has
+// neither leading nor trailing zeros; exp is the power of ten of the first.
 func csvDoubleTells(s string, digits []byte, exp int) bool {
 	f, err := strconv.ParseFloat(s, 64)
 	if err != nil || f == 0 || math.IsInf(f, 0) {
 		return false // beyond the range, or so small that it became 0
 	}
-	var buf [32]byte
-	got := strconv.AppendFloat(buf[:0], math.Abs(f), 'e', len(digits)-1, 64)
-	mantissa, e, _ := bytes.Cut(got, []byte("e"))
-	gotExp, err := strconv.Atoi(string(e))
-	if err != nil || gotExp != exp || mantissa[0] != digits[0] {
-		return false
+	for _, precision := range [...]int{-1, len(digits) - 1} {
+		var buf [32]byte
+		got := strconv.AppendFloat(buf[:0], math.Abs(f), 'e', precision, 64)
+		mantissa, e, _ := bytes.Cut(got, []byte("e"))
+		gotExp, err := strconv.Atoi(string(e))
+		if err != nil || gotExp != exp {
+			continue
+		}
+		first, rest, _ := bytes.Cut(mantissa, []byte("."))
+		if first[0] == digits[0] && bytes.Equal(rest, digits[1:]) {
+			return true
+		}
 	}
-	return len(digits) == 1 || bytes.Equal(mantissa[2:], digits[1:])
+	return false
 }
 
 // csvTimeType is for what begins like yyyy-.

@@ -229,4 +229,3 @@ func (s *csvSource) infer(ctx context.Context, report func(phase string, rows, b
 	sheet.bytes, sheet.sum = r.in.bytes, r.in.sum.Sum64()
 	return sheet, nil
 }
-

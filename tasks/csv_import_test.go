@@ -11,12 +11,12 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime/metrics"
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -134,8 +134,12 @@ func TestCSVImport_SeattleWeather(t *testing.T) {
 	}
 	want(t, "result", result, tasks.CSVImportResult{
 		Table: "imports.t", Rows: 1461, Bytes: 48219, Columns: []tasks.CSVColumn{
-			{"date", "date"}, {"precipitation", "double precision"}, {"temp_max", "double precision"},
-			{"temp_min", "double precision"}, {"wind", "double precision"}, {"weather", "text"},
+			{"date", "date"},
+			{"precipitation", "double precision"},
+			{"temp_max", "double precision"},
+			{"temp_min", "double precision"},
+			{"wind", "double precision"},
+			{"weather", "text"},
 		},
 	})
 	want(t, "a day", i.rows(t, `SELECT * FROM imports.t WHERE date = '2012-01-02'`), []string{"2012-01-02|10.9|10.6|2.8|4.5|rain"})
@@ -399,7 +403,7 @@ func TestCSVImport_FilesOnlyBelowImportDir(t *testing.T) {
 		os.Symlink(filepath.Dir(outside), filepath.Join(i.ImportDir, "folder")),
 		os.Symlink("sub dir/in.csv", filepath.Join(i.ImportDir, "inside.csv")),
 		os.Symlink("/dev/zero", filepath.Join(i.ImportDir, "device.csv")),
-		syscall.Mkfifo(filepath.Join(i.ImportDir, "fifo.csv"), 0o600),
+		exec.Command("mkfifo", filepath.Join(i.ImportDir, "fifo.csv")).Run(),
 	} {
 		if err != nil {
 			t.Fatal(err)
@@ -746,18 +750,20 @@ func TestCSVImport_AppendsWhatPostgresTakesForOtherTypes(t *testing.T) {
 func TestCSVImport_AppendedValuesMustFit(t *testing.T) {
 	t.Parallel()
 	i := newImports(t)
-	i.exec(t, `CREATE TABLE imports.t (id int UNIQUE, big bigint, d double precision, b boolean, day date, at timestamptz, s varchar(5) NOT NULL DEFAULT '', pos int CHECK (pos > 0), gen int GENERATED ALWAYS AS (1) STORED, u uuid)`)
+	i.exec(t, `CREATE DOMAIN whole AS int`)
+	i.exec(t, `CREATE TABLE imports.t (id int UNIQUE, big bigint, d double precision, b boolean, day date, at timestamptz, s varchar(5) NOT NULL DEFAULT '', pos int CHECK (pos > 0), gen int GENERATED ALWAYS AS (1) STORED, u uuid, zip whole)`)
 	i.exec(t, `CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF NEW.s = 'nope' THEN RAISE EXCEPTION 'no %', NEW.big; END IF; RETURN NEW; END $$`)
 	i.exec(t, `CREATE TRIGGER refuse BEFORE INSERT ON imports.t FOR EACH ROW EXECUTE FUNCTION refuse()`)
 	i.exec(t, `INSERT INTO imports.t VALUES (1)`)
 	before := i.table(t)
 	const secret = "918273645"
 	for _, tc := range []struct{ content, wanted string }{
-		{"id,x\n2,3\n", `imports.t has no column "x"; it has id, big, d, b, day, at, s, pos, gen, u`},
+		{"id,x\n2,3\n", `imports.t has no column "x"; it has id, big, d, b, day, at, s, pos, gen, u, zip`},
 		{"big\n1\n2\n918273645.5\n3.5\n", `line 4: column "big": the value is not what the bigint of imports.t can keep unchanged`},
 		{"big\n0918273645\n", `line 2: column "big"`},
 		{"d\n1\n0918273645\n", `line 3: column "d": the value is not what the double precision`},
 		{"d\n9182736450000000001\n", `line 2: column "d"`},
+		{"zip\n0918273645\n", `line 2: column "zip"`},
 		{"d\nNaN\n", `line 2: column "d"`},
 		{"b\ntrue\n1\n", `line 3: column "b"`},
 		{"day\n2024-01-01T00:00:00Z\n", `line 2: column "day"`},
@@ -835,6 +841,31 @@ func TestCSVImport_KilledInTheMiddleItIsTriedAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	want(t, "rows in the end", i.rows(t, "SELECT count(*) FROM imports.t"), []string{"100001"})
+}
+
+func TestCSVImport_KilledBeforeTheExchangeItLeavesTheOldTable(t *testing.T) {
+	t.Parallel()
+	i := newImports(t)
+	if _, err := i.run(t, "replace", "old\n1\n"); err != nil {
+		t.Fatal(err)
+	}
+	before := i.table(t)
+	reader, err := i.DB.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = reader.Rollback(context.WithoutCancel(t.Context())) }()
+	if _, err := reader.Exec(t.Context(), "SELECT FROM imports.t"); err != nil {
+		t.Fatal(err)
+	}
+	done := start(func() error { _, err := i.run(t, "replace", "new\nx\n"); return err })
+	until(t, "the import has loaded and is killed", func() bool {
+		return len(i.rows(t, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LOCK TABLE%' AND datname = current_database()`)) == 1
+	})
+	if err := <-done; err == nil || tasks.IsPermanent(err) {
+		t.Errorf("error %v, permanent %t; want one that is not permanent", err, tasks.IsPermanent(err))
+	}
+	want(t, "table", i.table(t), before)
 }
 
 func TestCSVImport_ShowsItsProgress(t *testing.T) {

@@ -179,9 +179,11 @@ var csvFitting = map[uint32]csvTypes{
 // match finds the file's columns among the table's and checks that their values
 // fit.
 func (l *csvLoad) match(ctx context.Context, tx pgx.Tx) ([]CSVColumn, error) {
-	rows, err := tx.Query(ctx, `SELECT attname, atttypid, format_type(atttypid, atttypmod)
-		FROM pg_attribute WHERE attrelid = to_regclass($1) AND attnum > 0 AND NOT attisdropped
-		ORDER BY attnum`, importsTable(l.table))
+	rows, err := tx.Query(ctx, `
+		SELECT a.attname, coalesce(nullif(t.typbasetype, 0), t.oid), format_type(t.oid, a.atttypmod)
+		FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+		WHERE a.attrelid = to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped
+		ORDER BY a.attnum`, importsTable(l.table))
 	if err != nil {
 		return nil, err
 	}

@@ -121,6 +121,7 @@ func (i CSVImporter) openURL(ctx context.Context, s *csvSource, u *url.URL) (err
 		return Permanent(errCSVSource)
 	}
 	req.Header.Set("Accept", "text/csv, */*")
+	req.Header.Set("User-Agent", "carpool")
 	resp, err := i.Outbound.Client().Do(req)
 	if err != nil {
 		return csvRequestError(err)
