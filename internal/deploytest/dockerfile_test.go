@@ -1,0 +1,230 @@
+package deploytest
+
+import (
+	"encoding/json"
+	"fmt"
+	"os/exec"
+	"path"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// instruction is one of a Dockerfile: "COPY", "go.mod go.sum ./".
+type instruction struct{ name, args string }
+
+// stages are the instructions after each FROM, that one included.
+func stages(data string) (all [][]instruction) {
+	data = regexp.MustCompile(`(?m)^\s*#.*\n`).ReplaceAllString(data, "")
+	data = strings.ReplaceAll(data, "\\\n", " ")
+	for line := range strings.Lines(data) {
+		name, args, _ := strings.Cut(strings.TrimSpace(line), " ")
+		if name == "" {
+			continue
+		}
+		if name == "FROM" {
+			all = append(all, nil)
+		}
+		if len(all) == 0 {
+			continue
+		}
+		all[len(all)-1] = append(all[len(all)-1], instruction{name, strings.Join(strings.Fields(args), " ")})
+	}
+	return all
+}
+
+// the returns the arguments of the last instruction of that name, "" if there is none.
+func the(stage []instruction, name string) (args string) {
+	for _, i := range stage {
+		if i.name == name {
+			args = i.args
+		}
+	}
+	return args
+}
+
+// checkDockerfile returns all that is wrong.
+func checkDockerfile(t testing.TB, data string) (faults []string) {
+	t.Helper()
+	fault := func(format string, args ...any) { faults = append(faults, fmt.Sprintf(format, args...)) }
+	all := stages(data)
+	if len(all) != 2 {
+		return []string{fmt.Sprintf("it has %d stages, not one that builds and one that runs", len(all))}
+	}
+	build, final := all[0], all[1]
+
+	// The module says which Go it needs at least.
+	from := regexp.MustCompile(`^golang:(\d+\.\d+)-alpine AS build$`).FindStringSubmatch(the(build, "FROM"))
+	goMod := regexp.MustCompile(`(?m)^go (\d+\.\d+)`).FindStringSubmatch(read(t, "go.mod"))
+	if from == nil || goMod == nil || from[1] != goMod[1] {
+		fault("FROM %s, but go.mod wants Go %s", the(build, "FROM"), goMod)
+	}
+	// A change of the source must not download all modules again.
+	var order []string
+	for _, i := range build {
+		order = append(order, i.name+" "+i.args)
+	}
+	modules, source := slices.Index(order, "RUN go mod download"), slices.Index(order, "COPY . .")
+	if modules < 0 || source < modules || slices.Index(order[:max(modules, 0)], "COPY go.mod go.sum ./") < 0 {
+		fault("the modules are not in a layer of their own: %q", order)
+	}
+	programs := programs(t)
+	command := the(build, "RUN")
+	if !strings.HasPrefix(command, "CGO_ENABLED=0 go build ") || !strings.Contains(command, " -o /out/ ./worker ./monitor") {
+		fault("it builds with %q", command)
+	}
+	version := regexp.MustCompile(`-X main\.(\w+)=\$\{VERSION:-\$\{RENDER_GIT_COMMIT:-\w+\}\}`).FindStringSubmatch(command)
+	for name, p := range programs {
+		if version == nil || !regexp.MustCompile(`(?m)^var `+version[1]+` string$`).MatchString(p.source) {
+			fault("%s does not learn its version: %q", name, command)
+		}
+	}
+	for _, arg := range []string{"ARG VERSION", "ARG RENDER_GIT_COMMIT"} {
+		if !slices.Contains(order, arg) {
+			fault("%s is missing", arg)
+		}
+	}
+
+	if from := the(final, "FROM"); strings.HasSuffix(from, ":latest") || !strings.Contains(from, ":") {
+		fault("the final stage is from %s, which changes by itself", from)
+	}
+	if user := the(final, "USER"); user == "" || user == "0" || user == "root" {
+		fault("it runs as root")
+	} else if !strings.Contains(the(final, "RUN"), " -u "+user+" ") {
+		fault("nobody has made the user %s", user)
+	}
+	if final[len(final)-1].name != "CMD" || the(final, "ENTRYPOINT") != "" {
+		fault("it must end with CMD and have no ENTRYPOINT, or render.yaml's commands mean something else")
+	}
+	var words []string
+	if err := json.Unmarshal([]byte(the(final, "CMD")), &words); err != nil {
+		fault("CMD %s: a shell would stand between the worker and its signals", the(final, "CMD"))
+	} else if f := checkCommand(programs, words); f != "" {
+		fault("CMD: %s", f)
+	}
+	if the(final, "STOPSIGNAL") != "SIGTERM" {
+		fault("STOPSIGNAL is %q", the(final, "STOPSIGNAL"))
+	}
+	if !slices.Contains(final, instruction{"COPY", "--from=build /out/worker /out/monitor /usr/local/bin/"}) {
+		fault("the programs are not on the PATH")
+	}
+	for _, file := range []string{"ca-certificates", "tzdata"} {
+		if !strings.Contains(the(final, "RUN"), file) {
+			fault("%s are missing", file)
+		}
+	}
+	return faults
+}
+
+func TestDockerfile_HoldsTogether(t *testing.T) {
+	t.Parallel()
+	for _, f := range checkDockerfile(t, read(t, "Dockerfile")) {
+		t.Error("Dockerfile:", f)
+	}
+}
+
+func TestDockerfile_FaultsAreFound(t *testing.T) {
+	t.Parallel()
+	good := read(t, "Dockerfile")
+	for _, tc := range []struct{ old, new, want string }{
+		{"USER 10001", "", "it runs as root"},
+		{"USER 10001", "USER root", "it runs as root"},
+		{"USER 10001", "USER 10002", "nobody has made the user"},
+		{"FROM alpine:3.22", "", "1 stages"},
+		{"FROM alpine:3.22", "FROM alpine", "changes by itself"},
+		{"golang:1.26-alpine", "golang:1.25-alpine", "go.mod wants"},
+		{"RUN go mod download\n", "", "layer of their own"},
+		{"./worker ./monitor", "./worker", "it builds with"},
+		{"main.buildVersion", "main.version", "does not learn its version"},
+		{"ARG VERSION\n", "", "ARG VERSION is missing"},
+		{`CMD ["worker", "run"]`, "CMD worker run", "a shell would stand"},
+		{`CMD ["worker", "run"]`, `CMD ["worker", "serve"]`, `"worker serve" is no command`},
+		{`CMD ["worker", "run"]`, `ENTRYPOINT ["worker"]`, "no ENTRYPOINT"},
+		{"/usr/local/bin/", "/app/", "not on the PATH"},
+		{"ca-certificates", "", "ca-certificates are missing"},
+	} {
+		if strings.Count(good, tc.old) != 1 {
+			t.Errorf("the Dockerfile has %q %d times; change this test with it", tc.old, strings.Count(good, tc.old))
+			continue
+		}
+		faults := strings.Join(checkDockerfile(t, strings.Replace(good, tc.old, tc.new, 1)), "\n")
+		if !strings.Contains(faults, tc.want) {
+			t.Errorf("%q for %q: %q is not among the faults found:\n%s", tc.new, tc.old, tc.want, faults)
+		}
+	}
+}
+
+// What the image is built from must not be among what .dockerignore leaves out.
+func TestDockerignore_LeavesOutNothingThatIsBuilt(t *testing.T) {
+	t.Parallel()
+	var ignored []string
+	for line := range strings.Lines(read(t, ".dockerignore")) {
+		if line = strings.TrimSpace(line); line != "" && !strings.HasPrefix(line, "#") {
+			ignored = append(ignored, line)
+		}
+	}
+	for _, secret := range []string{".env", ".env.local", ".git/config"} {
+		if !isIgnored(t, ignored, secret) {
+			t.Errorf("%s gets into the image's build", secret)
+		}
+	}
+	if isIgnored(t, ignored, "worker/main.go") || !isIgnored(t, ignored, "worker/main_test.go") || !isIgnored(t, ignored, "dev/data/x.csv") {
+		t.Error("isIgnored itself is wrong")
+	}
+
+	abs, err := filepath.Abs(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	list := exec.Command("go", "list", "-deps", "-f",
+		`{{if not .Standard}}{{$dir := .Dir}}{{range .GoFiles}}{{$dir}}/{{.}}{{"\n"}}{{end}}{{range .EmbedFiles}}{{$dir}}/{{.}}{{"\n"}}{{end}}{{end}}`,
+		"./worker", "./monitor")
+	list.Dir = root
+	list.Env = append(list.Environ(), "CGO_ENABLED=0", "GOOS=linux")
+	out, err := list.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	files := []string{"go.mod", "go.sum"}
+	for file := range strings.Lines(string(out)) {
+		if rel, err := filepath.Rel(abs, strings.TrimSpace(file)); err == nil && filepath.IsLocal(rel) {
+			files = append(files, filepath.ToSlash(rel))
+		}
+	}
+	if !slices.Contains(files, "worker/main.go") || !slices.Contains(files, "monitor/main.go") {
+		t.Fatalf("go list does not name what the programs are made of: %q", files)
+	}
+	for _, file := range files {
+		if isIgnored(t, ignored, file) {
+			t.Errorf("%s is left out, but built", file)
+		}
+	}
+}
+
+// isIgnored knows of .dockerignore's patterns those that ours has: a path that
+// may have wildcards, from the root, or after **/ from anywhere.
+func isIgnored(t testing.TB, patterns []string, file string) bool {
+	t.Helper()
+	for _, pattern := range patterns {
+		anywhere, isAnywhere := strings.CutPrefix(pattern, "**/")
+		if strings.HasPrefix(pattern, "!") || strings.Contains(anywhere, "**") {
+			t.Fatalf("pattern %s: change this test with it", pattern)
+		}
+		for part := file; part != "."; part = path.Dir(part) {
+			name, pattern := part, pattern
+			if isAnywhere {
+				name, pattern = path.Base(part), anywhere
+			}
+			matched, err := path.Match(pattern, name)
+			if err != nil {
+				t.Fatalf("pattern %s: %v", pattern, err)
+			}
+			if matched {
+				return true
+			}
+		}
+	}
+	return false
+}
