@@ -176,7 +176,7 @@ func TestPool_WaitersAreServedInTheirOrder(t *testing.T) {
 
 func TestPool_TimeoutNamesTheLimitsAndTheHolders(t *testing.T) {
 	t.Parallel()
-	p := open(t, func(c *dbpool.Config) { c.Size, c.MaxOverflow, c.Timeout = 1, 1, 50*time.Millisecond })
+	p := open(t, func(c *dbpool.Config) { c.Size, c.MaxOverflow, c.Timeout = 1, 1, 2*time.Second })
 	ctx, b := p.Track(t.Context(), "csv:import 17")
 	for range 2 {
 		c, err := p.Acquire(ctx)
@@ -191,7 +191,7 @@ func TestPool_TimeoutNamesTheLimitsAndTheHolders(t *testing.T) {
 	if !ok {
 		t.Fatalf("error %v, want a TimeoutError", err)
 	}
-	if want := "dbpool: no connection within 50ms: size 1 + overflow 1 all checked out, 1 waiting; held by csv:import 17 for "; !strings.HasPrefix(err.Error(), want) {
+	if want := "dbpool: no connection within 2s: size 1 + overflow 1 all checked out, 1 waiting; held by csv:import 17 for "; !strings.HasPrefix(err.Error(), want) {
 		t.Errorf("error %q, want it to begin with %q", err, want)
 	}
 	if len(e.Holders) != 2 || e.Holders[0].Name != "csv:import 17" || e.CheckedOut != 2 || e.Waiting != 1 {

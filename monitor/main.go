@@ -102,9 +102,6 @@ func run(ctx context.Context, cfg config, log *slog.Logger) error {
 	}
 	defer rdb.Close()
 	redis.SetLogger(quiet{})
-	if err := rdb.Ping(ctx).Err(); err != nil {
-		log.Warn("Redis does not answer; pages will show errors until it does", "error", err)
-	}
 	listener, err := net.Listen("tcp", cfg.Addr)
 	if err != nil {
 		return fmt.Errorf("MONITOR_ADDR: %w", err)
@@ -118,11 +115,15 @@ func run(ctx context.Context, cfg config, log *slog.Logger) error {
 	server := &http.Server{
 		Handler:           protect(pages, cfg),
 		ReadHeaderTimeout: 10 * time.Second,
+		IdleTimeout:       2 * time.Minute,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 	}
 	log.Info("monitor started", "version", version(), "url", "http://"+listener.Addr().String())
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
+	if err := rdb.Ping(ctx).Err(); err != nil && ctx.Err() == nil {
+		log.Warn("Redis does not answer; the pages show errors until it does", "error", err)
+	}
 	select {
 	case err := <-served:
 		return fmt.Errorf("serve: %w", err)
@@ -155,7 +156,7 @@ func version() string {
 	if buildVersion != "" {
 		return buildVersion
 	}
-	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" && info.Main.Version != "(devel)" {
 		return info.Main.Version
 	}
 	return "development"

@@ -170,6 +170,17 @@ func TestMonitor_OtherWebPagesCanNeitherReadNorAct(t *testing.T) {
 	}
 }
 
+func TestMonitor_StartsAndStopsWithoutRedis(t *testing.T) {
+	t.Parallel()
+	at := start(t, config{RedisURL: "redis://127.0.0.1:1"})
+	if code, _ := ask(t, "GET", at, nil); code != 200 {
+		t.Errorf("the first page: %d", code)
+	}
+	if code, _ := ask(t, "GET", at+"/api/queues", nil); code != 500 {
+		t.Errorf("the queues: %d", code)
+	}
+}
+
 func TestConfig_EveryFaultIsNamedAndAnOpenAddressNeedsAPassword(t *testing.T) {
 	t.Parallel()
 	err := (&config{Addr: "0.0.0.0:80"}).validate()

@@ -1,6 +1,7 @@
 package tasks_test
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -8,6 +9,7 @@ import (
 	"io"
 	"log/slog"
 	"math"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -24,6 +26,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"pgregory.net/rapid"
 
+	"github.com/carpool-go/carpool/dbpool"
 	"github.com/carpool-go/carpool/internal/outbound"
 	"github.com/carpool-go/carpool/tasks"
 	"github.com/carpool-go/carpool/tasks/taskstest"
@@ -500,8 +503,8 @@ func TestCSVImport_SourcesThatCannotBeHad(t *testing.T) {
 		{base + "/status/503", "answered 503", false},
 		{base + "/status/429", "answered 429", false},
 		{base + "/status/408", "answered 408", false},
-		{base + "/cut?token=s3cret", "after line 2: unexpected EOF", false},
-		{base + "/reset", "after line 2: unexpected EOF", false},
+		{base + "/cut?token=s3cret", "after line 2: the server's answer was cut short", false},
+		{base + "/reset", "after line 2: the server's answer was cut short", false},
 		{base + "/to-loopback?token=s3cret", "127.0.0.2", true},
 		{base + "/to-nowhere", "redirects to", true},
 		{base + "/round", "redirect", true},
@@ -515,6 +518,8 @@ func TestCSVImport_SourcesThatCannotBeHad(t *testing.T) {
 		_, err := i.runFrom(t, "replace", tc.source)
 		if err == nil || !strings.Contains(err.Error(), tc.wanted) || tasks.IsPermanent(err) != tc.permanent {
 			t.Errorf("%s: error %v, permanent %t; want %q, permanent %t", tc.source, err, tasks.IsPermanent(err), tc.wanted, tc.permanent)
+		} else if _, ok := errors.AsType[net.Error](err); ok || errors.Is(err, io.ErrUnexpectedEOF) {
+			t.Errorf("error %v could be taken for a lost connection to the database", err)
 		} else if strings.Contains(err.Error(), "s3cret") || strings.Contains(err.Error(), "user") {
 			t.Errorf("error %q shows what is secret in the URL", err)
 		}
@@ -544,6 +549,27 @@ func TestCSVImport_ReadsAURLOnce(t *testing.T) {
 	}
 	want(t, "rows, bytes", [2]int64{result.Rows, result.Bytes}, [2]int64{2, 12})
 	want(t, "table", i.table(t), []string{"t|r", "a|bigint", "b|text", "(1,x)", "(2,y)"})
+}
+
+func TestCSVImport_ThePoolHearsOfItsStatements(t *testing.T) {
+	t.Parallel()
+	i := newImports(t)
+	var log bytes.Buffer // of a pool that only this goroutine uses
+	cfg := dbpool.DefaultConfig(i.DatabaseURL)
+	cfg.Echo, cfg.Logger = true, slog.New(slog.NewTextHandler(&log, nil))
+	pool, err := dbpool.Open(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	i.DB = pool
+	_, err = i.run(t, "append", "a\ns3cret\n")
+	pool.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := log.String(); !strings.Contains(got, `COPY \"imports\".\"t\"`) || strings.Contains(got, "s3cret") {
+		t.Errorf("the pool's echo: %s", got)
+	}
 }
 
 func TestCSVImport_HoldsNoConnectionWhileItReads(t *testing.T) {

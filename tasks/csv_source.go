@@ -124,7 +124,7 @@ func (i CSVImporter) openURL(ctx context.Context, s *csvSource, u *url.URL) (err
 	req.Header.Set("User-Agent", "carpool")
 	resp, err := i.Outbound.Client().Do(req)
 	if err != nil {
-		return csvRequestError(err)
+		return csvRequestError(ctx, err)
 	}
 	release := s.close
 	s.close = func() {
@@ -151,8 +151,12 @@ func (i CSVImporter) openURL(ctx context.Context, s *csvSource, u *url.URL) (err
 }
 
 // csvRequestError says why a request failed, without the URL that net/http puts
-// into its errors.
-func csvRequestError(err error) error {
+// into its errors. Nor does it wrap the cause: whoever looks for a lost connection
+// in a job's error means the database's.
+func csvRequestError(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
 	if e, ok := errors.AsType[*url.Error](err); ok {
 		err = e.Err
 	}
@@ -162,10 +166,11 @@ func csvRequestError(err error) error {
 	if _, ok := errors.AsType[*outbound.BlockedError](err); ok {
 		return Permanent(err)
 	}
-	return err
+	return errors.New(err.Error())
 }
 
-// stallReader ends a request that makes no progress.
+// stallReader reads the body of an answer, and ends a request that makes no
+// progress.
 type stallReader struct {
 	r     io.Reader
 	ctx   context.Context
@@ -177,10 +182,13 @@ func (s *stallReader) Read(p []byte) (int, error) {
 	s.timer.Reset(s.after)
 	n, err := s.r.Read(p)
 	s.timer.Stop()
-	if err != nil && !errors.Is(err, io.EOF) && s.ctx.Err() != nil {
-		err = context.Cause(s.ctx)
+	switch {
+	case err == nil, errors.Is(err, io.EOF):
+		return n, err
+	case errors.Is(err, io.ErrUnexpectedEOF) && s.ctx.Err() == nil:
+		return n, errors.New("the server's answer was cut short")
 	}
-	return n, err
+	return n, csvRequestError(s.ctx, err)
 }
 
 // again returns a reader for another pass over the whole file.
