@@ -3,6 +3,7 @@ package dbpool
 import (
 	"context"
 	"crypto/tls"
+	"io"
 	"math/rand/v2"
 	"net"
 	"sync/atomic"
@@ -10,6 +11,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgproto3"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
@@ -154,14 +156,22 @@ func (m *member) usable() bool {
 const closeBound = time.Second
 
 // close closes the connection. A broken one has its socket closed first, so that
-// nothing waits for a server that doesn't answer.
+// nothing waits for a server that doesn't answer. Of a sound one the server's end
+// is awaited, so that its successor doesn't make one too many there.
 func (m *member) close(broken bool) {
-	if broken || m.conn.Conn().IsClosed() {
+	// Out of pgxpool before it is closed: its own closing may take 15 s, and
+	// holds the place of the connection's successor.
+	conn := m.conn.Hijack()
+	if broken || conn.IsClosed() {
 		_ = m.net.Close()
+	} else {
+		_ = m.net.SetDeadline(time.Now().Add(closeBound))
+		conn.PgConn().Frontend().Send(&pgproto3.Terminate{})
+		if conn.PgConn().Frontend().Flush() == nil {
+			_, _ = io.Copy(io.Discard, m.net)
+		}
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), closeBound)
 	defer cancel()
-	// Out of pgxpool before it is closed: its own closing may take 15 s, and
-	// holds the place of the connection's successor.
-	_ = m.conn.Hijack().Close(ctx)
+	_ = conn.Close(ctx)
 }

@@ -53,6 +53,7 @@ type Pool struct {
 type waiter struct {
 	ch       chan handover // of one place, so that nobody waits for the waiter
 	borrower *Borrower
+	since    time.Time
 }
 
 type handover struct {
@@ -196,7 +197,7 @@ func (p *Pool) takeIdle(ctx context.Context, b *Borrower, now time.Time, first b
 // await waits in line, at its head if it was there before, and has a connection
 // opened if there may be one more.
 func (p *Pool) await(ctx context.Context, b *Borrower, timeout <-chan time.Time, again bool) (*member, error) {
-	w := &waiter{ch: make(chan handover, 1), borrower: b}
+	w := &waiter{ch: make(chan handover, 1), borrower: b, since: time.Now()}
 	p.mu.Lock()
 	if p.closed {
 		p.mu.Unlock()
@@ -373,8 +374,10 @@ func (p *Pool) openForWaiters() {
 
 // openOne opens the connection that p.opening was counted up for, and gives it,
 // or the error, to who waits first. It isn't bound to that caller's context: when
-// the caller gives up, the next one has the use of it.
+// the caller gives up, the next one has the use of it. But one who came later
+// isn't told of a failure that may be over: an attempt of his own is made.
 func (p *Pool) openOne() error {
+	began := time.Now()
 	c, err := p.px.Acquire(p.ctx)
 	var m *member
 	if err == nil {
@@ -387,12 +390,10 @@ func (p *Pool) openOne() error {
 	p.connectErr = err
 	if err != nil {
 		p.counts.ConnectErrors++
-		if w := p.nextWaiter(); w != nil {
-			if p.closed {
-				err = ErrClosed
-			}
-			w.ch <- handover{err: err}
+		if e := p.waiters.Front(); e != nil && e.Value.(*waiter).since.Before(began) {
+			p.nextWaiter().ch <- handover{err: err}
 		}
+		p.openForWaiters()
 		return err
 	}
 	p.counts.Opened++

@@ -3,6 +3,7 @@ package dbpool_test
 import (
 	"context"
 	"errors"
+	"flag"
 	"log/slog"
 	"net/url"
 	"slices"
@@ -18,7 +19,14 @@ import (
 	"github.com/carpool-go/carpool/internal/testservers"
 )
 
-func TestMain(m *testing.M) { testservers.Main(m) }
+func TestMain(m *testing.M) {
+	// Rapid's hundred histories take a minute; -rapid.checks asks for more than
+	// these.
+	if f := flag.Lookup("rapid.checks"); f != nil {
+		_ = f.Value.Set("12")
+	}
+	testservers.Main(m)
+}
 
 // open makes a pool on a database of its own, with the default settings as
 // changed by change.
