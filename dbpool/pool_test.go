@@ -82,6 +82,12 @@ func killAll(t *testing.T, p *dbpool.Pool) {
 		t.Fatal(err)
 	}
 	defer conn.Close(context.Background())
+	killOthers(t, conn)
+}
+
+// killOthers kills the backends of all other connections to conn's database.
+func killOthers(t *testing.T, conn *pgx.Conn) {
+	t.Helper()
 	if _, err := conn.Exec(t.Context(), `SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity
 		WHERE datname = current_database() AND pid <> pg_backend_pid()`); err != nil {
 		t.Fatal(err)
