@@ -57,6 +57,13 @@ func (b *Borrower) took(m *member, wait time.Duration) {
 	b.usage.Wait += wait
 }
 
+// waitedInVain charges the time of an acquire that failed.
+func (b *Borrower) waitedInVain(wait time.Duration) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.usage.Wait += wait
+}
+
 func (b *Borrower) gave(m *member, held time.Duration) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -73,7 +80,7 @@ func (m *member) rollBack() {
 	if m.tx != nil && m.tx.Rollback(ctx) == nil {
 		return
 	}
-	if _, err := m.conn.Conn().Exec(ctx, "ROLLBACK"); err != nil {
+	if _, err := m.conn.Exec(ctx, "ROLLBACK"); err != nil {
 		m.broken = true
 	}
 }
@@ -95,7 +102,8 @@ func (b *Borrower) End() Usage {
 		b.mu.Lock()
 		b.usage.Leaked++
 		b.mu.Unlock()
-		pg := m.conn.Conn().PgConn()
+		pg := m.conn.PgConn()
+		m.rowsOpen.Store(pg.IsBusy())
 		transaction := pg.TxStatus() != 'I'
 		b.pool.mu.Lock()
 		attrs := append(m.holder(time.Now()), "open_transaction", transaction)
@@ -107,7 +115,7 @@ func (b *Borrower) End() Usage {
 			m.queries = queries
 		}
 		m.rowsOpen.Store(false)
-		b.pool.giveBack(m)
+		b.pool.giveBack(m, closedLeaked)
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -119,6 +119,10 @@ const (
 	userTimeout       = 20 * time.Second
 )
 
+// mostConnectTimeout bounds one attempt to connect, unless the URL's
+// connect_timeout does.
+const mostConnectTimeout = 5 * time.Second
+
 func (p *Pool) pgxConfig() (*pgxpool.Config, error) {
 	cfg, err := p.cfg.parseURL()
 	if err != nil {
@@ -147,17 +151,18 @@ func (p *Pool) pgxConfig() (*pgxpool.Config, error) {
 		return nil
 	}
 	cfg.ConnConfig.Tracer = tracer{p}
-	dialer := &net.Dialer{
+	p.sockets.dialer = net.Dialer{
 		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: keepAliveIdle, Interval: keepAliveInterval, Count: keepAliveCount},
 		Control:         setUserTimeout,
 	}
-	cfg.ConnConfig.DialFunc = dialer.DialContext
+	cfg.ConnConfig.DialFunc = p.sockets.dial
 	if p.cfg.ThroughPooler {
 		cfg.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeCacheDescribe
 		cfg.ConnConfig.StatementCacheCapacity = 0
 	}
 	if cfg.ConnConfig.ConnectTimeout <= 0 {
-		cfg.ConnConfig.ConnectTimeout = p.cfg.Timeout
+		// A connection that hangs must leave time for another try.
+		cfg.ConnConfig.ConnectTimeout = min(p.cfg.Timeout/3+time.Millisecond, mostConnectTimeout)
 	}
 	if cfg.ConnConfig.RuntimeParams["application_name"] == "" {
 		cfg.ConnConfig.RuntimeParams["application_name"] = "carpool"

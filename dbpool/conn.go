@@ -7,6 +7,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgtype"
 )
 
 // ErrReleased is returned by a [Conn] that was given back.
@@ -22,7 +23,7 @@ type Conn struct {
 // broke, or has an open transaction or open rows, is closed.
 func (c *Conn) Release() {
 	if c.member.loan.CompareAndSwap(c.loan, 0) {
-		c.member.pool.giveBack(c.member)
+		c.member.pool.giveBack(c.member, closedBroken)
 	}
 }
 
@@ -30,7 +31,7 @@ func (c *Conn) conn() (*pgx.Conn, error) {
 	if c.member.loan.Load() != c.loan {
 		return nil, ErrReleased
 	}
-	return c.member.conn.Conn(), nil
+	return c.member.conn, nil
 }
 
 // Conn returns the connection itself, for what this type doesn't have. It must
@@ -80,7 +81,7 @@ func (c *Conn) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
 func (c *Conn) SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchResults {
 	conn, err := c.conn()
 	if err != nil {
-		return failedBatch{err: err}
+		return pgx.FailedBatchResults(b, err)
 	}
 	return conn.SendBatch(ctx, b)
 }
@@ -159,13 +160,19 @@ func (p *Pool) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
 }
 
 // SendBatch acquires a connection for one [pgx.Conn.SendBatch]. It is given back
-// when the results are closed, which must be done.
+// when the results are closed, which must be done; if the batch begins a
+// transaction, when that ends.
 func (p *Pool) SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchResults {
 	c, err := p.Acquire(ctx)
 	if err != nil {
-		return failedBatch{err: err}
+		return pgx.FailedBatchResults(b, err)
 	}
-	return &batch{c.SendBatch(ctx, b), c}
+	results := c.SendBatch(ctx, b)
+	if begun := results.Tx(); begun != nil {
+		c.member.tx = begun
+		return &txBatch{results, &tx{begun, c}}
+	}
+	return &batch{results, c}
 }
 
 // CopyFrom acquires a connection for one [pgx.Conn.CopyFrom].
@@ -224,6 +231,9 @@ type rows struct {
 
 func (r *rows) Close() {
 	r.Rows.Close()
+	if r.conn.member.loan.Load() != r.conn.loan {
+		return // it is somebody else's by now
+	}
 	r.conn.member.rowsOpen.Store(false)
 	if r.release {
 		r.conn.Release()
@@ -261,7 +271,9 @@ type row struct {
 
 func (r *row) Scan(dest ...any) error {
 	defer func() { // also when a Scanner panics
-		r.conn.member.rowsOpen.Store(false)
+		if r.conn.member.loan.Load() == r.conn.loan {
+			r.conn.member.rowsOpen.Store(false)
+		}
 		r.conn.Release()
 	}()
 	return r.Row.Scan(dest...)
@@ -278,6 +290,14 @@ func (b *batch) Close() error {
 	return err
 }
 
+// txBatch leaves the connection to the transaction that the batch has begun.
+type txBatch struct {
+	pgx.BatchResults
+	tx *tx
+}
+
+func (b *txBatch) Tx() pgx.Tx { return b.tx }
+
 // failedRows are what there is when no connection could be acquired.
 type failedRows struct {
 	pgx.Rows
@@ -293,14 +313,4 @@ func (r failedRows) Scan(...any) error                          { return r.err }
 func (r failedRows) Values() ([]any, error)                     { return nil, r.err }
 func (failedRows) RawValues() [][]byte                          { return nil }
 func (failedRows) Conn() *pgx.Conn                              { return nil }
-
-type failedBatch struct {
-	pgx.BatchResults
-	err error
-}
-
-func (b failedBatch) Exec() (pgconn.CommandTag, error) { return pgconn.CommandTag{}, b.err }
-func (b failedBatch) Query() (pgx.Rows, error)         { return failedRows{err: b.err}, b.err }
-func (b failedBatch) QueryRow() pgx.Row                { return failedRows{err: b.err} }
-func (b failedBatch) Close() error                     { return b.err }
-func (failedBatch) Tx() pgx.Tx                         { return nil }
+func (failedRows) TypeMap() *pgtype.Map                         { return nil }

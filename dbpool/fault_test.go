@@ -131,13 +131,9 @@ func TestPool_ConnectionsThatHaveBecomeReadOnlyAreReplaced(t *testing.T) {
 	for _, c := range held {
 		c.Release()
 	}
-	_, err := p.Exec(t.Context(), "INSERT INTO t VALUES (1)")
-	if e, ok := errors.AsType[*pgconn.PgError](err); !ok || e.Code != "25006" {
-		t.Fatalf("%v, want the error that tells the pool", err)
-	}
 	for range 10 {
 		if _, err := p.Exec(t.Context(), "INSERT INTO t VALUES (1)"); err != nil {
-			t.Fatalf("another read-only connection was lent: %v", err)
+			t.Fatalf("a read-only connection was lent: %v", err)
 		}
 	}
 	if s := p.Stats(); s.Counts.ClosedBroken != 3 {
@@ -162,7 +158,7 @@ func TestPool_ServerWithoutRoomIsAnErrorThatSaysSo(t *testing.T) {
 		t.Fatal(err)
 	}
 	u.User = url.UserPassword(role, "open sesame")
-	p := openOn(t, u.String(), nil)
+	p := openOn(t, u.String(), func(c *dbpool.Config) { c.Timeout = time.Second })
 	var held []*dbpool.Conn
 	for {
 		c, err := p.Acquire(t.Context())

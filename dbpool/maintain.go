@@ -97,10 +97,16 @@ func (p *Pool) refill(ctx context.Context, n int) (opened int, err error) {
 		}
 		p.opening++
 		p.mu.Unlock()
-		if err := p.openOne(); err != nil {
-			return opened, err
+		done := make(chan error, 1)
+		go func() { done <- p.openOne() }()
+		select {
+		case err := <-done:
+			if err != nil {
+				return opened, err
+			}
+			opened++
+		case <-ctx.Done(): // the connection will be of use all the same
 		}
-		opened++
 	}
 	return opened, ctx.Err()
 }
@@ -155,24 +161,22 @@ func (p *Pool) Validate(ctx context.Context) (Validation, error) {
 			p.dispose(m, closedRecycled)
 			continue
 		}
-		switch m.ping(ctx) {
-		case alive:
-			p.mu.Lock()
-			p.aside--
-			kept := p.give(m)
-			p.mu.Unlock()
-			if !kept {
-				p.dispose(m, closedOthers)
-			}
+		h := m.ping()
+		if h == alive {
+			p.bringBack(m)
 			continue
-		case silent:
-			replace += p.closeSuspects()
 		}
 		replace++
 		p.dispose(m, closedBroken)
+		if h == silent {
+			replace += p.askSuspects()
+		}
 	}
 	opened, err := p.refill(ctx, p.cfg.Size)
 	v.Replaced = min(replace, opened)
+	if ctx.Err() != nil {
+		return v, fmt.Errorf("dbpool: validate: %w", context.Cause(ctx))
+	}
 	if err != nil {
 		v.Errors++
 		p.log.Warn("validation could not open a connection", "error", err)
@@ -190,7 +194,7 @@ func (p *Pool) nextToValidate(run uint64) (*member, error) {
 		return nil, ErrClosed
 	}
 	for i, m := range p.idle {
-		if m.validated != run {
+		if m.validated < run {
 			m.validated = run
 			return p.setAside(i), nil
 		}

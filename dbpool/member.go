@@ -22,17 +22,19 @@ const memberKey = "carpool/dbpool"
 // it, the pool under its lock while it is idle, unless they say otherwise.
 type member struct {
 	pool *Pool
-	conn *pgxpool.Conn
+	px   *pgxpool.Conn
+	conn *pgx.Conn
 	net  net.Conn
 	raw  syscall.RawConn // nil: can't be peeked at
 
 	// proven is the number of deaths the pool had seen when the connection was
-	// last known to live: a later death makes it a suspect.
+	// last known to live, at provenAt: a later death makes it a suspect.
 	proven    uint64
+	provenAt  time.Time
 	recycleAt time.Time // zero: never
-	readOnly  bool      // it was when it was opened
+	fresh     bool      // it was not lent yet
 	idleSince time.Time
-	validated uint64 // the validation that looked at it last
+	validated uint64 // the last validation that looked at it
 
 	// Of the present loan:
 	lent     time.Time
@@ -42,6 +44,7 @@ type member struct {
 	queries  int
 	tx       pgx.Tx // the last that was begun
 	broken   bool
+	wasShut  bool // before the statement that is traced
 	rowsOpen atomic.Bool
 	loan     atomic.Uint64 // its number; a Conn of another loan is stale
 
@@ -61,8 +64,8 @@ const (
 )
 
 func (m *member) attach(c *pgxpool.Conn) {
-	m.conn = c
-	m.net = c.Conn().PgConn().Conn()
+	m.px, m.conn = c, c.Conn()
+	m.net = m.conn.PgConn().Conn()
 	socket := m.net
 	if t, ok := socket.(*tls.Conn); ok {
 		socket = t.NetConn() // a tls.Conn is no syscall.Conn
@@ -76,22 +79,32 @@ func (m *member) attach(c *pgxpool.Conn) {
 	if r := m.pool.cfg.Recycle; r > 0 {
 		m.recycleAt = time.Now().Add(r - rand.N(r/10+1))
 	}
-	m.readOnly = m.isReadOnly()
+	m.fresh, m.provenAt = true, time.Now()
+	if !m.isReadOnly() {
+		m.pool.writes.Store(true)
+	}
 }
 
 // isReadOnly reports whether the server is a standby or takes no writes. It says
 // so by itself when that changes, from Postgres 14 on, so this costs nothing.
 func (m *member) isReadOnly() bool {
-	pg := m.conn.Conn().PgConn()
+	pg := m.conn.PgConn()
 	return pg.ParameterStatus("in_hot_standby") == "on" || pg.ParameterStatus("default_transaction_read_only") == "on"
+}
+
+// leftBehind reports whether the connection takes no writes although others of
+// the pool did: a failover has left it behind. One that was just opened so is
+// lent once, since there may be no better one.
+func (m *member) leftBehind() bool {
+	return !m.fresh && m.pool.writes.Load() && m.isReadOnly()
 }
 
 func (m *member) expired(now time.Time) bool {
 	return !m.recycleAt.IsZero() && now.After(m.recycleAt)
 }
 
-// pingIdle is how long a connection may be idle before a quiet socket is no
-// longer proof enough: something between here and there may have forgotten it.
+// pingIdle is how long a connection may have shown no life before a quiet socket
+// is no longer proof enough: something between here and there may have forgotten it.
 const pingIdle = 30 * time.Second
 
 // health is what a check finds.
@@ -106,7 +119,7 @@ const (
 // looksAlive reports whether a look at the socket is enough to lend the
 // connection.
 func (m *member) looksAlive(now time.Time) bool {
-	return m.proven == m.pool.deaths.Load() && now.Sub(m.idleSince) < pingIdle && m.peek() == peekQuiet
+	return m.proven == m.pool.deaths.Load() && now.Sub(m.provenAt) < pingIdle && !m.leftBehind() && m.peek() == peekQuiet
 }
 
 func (m *member) peek() peeked {
@@ -119,36 +132,34 @@ func (m *member) peek() peeked {
 	return m.looked
 }
 
-// ping asks the server, within PingTimeout. A connection that has become
-// read-only is as good as dead: a failover has left it behind.
-func (m *member) ping(ctx context.Context) health {
+// ping asks the server, within PingTimeout.
+func (m *member) ping() health {
 	deaths := m.pool.deaths.Load()
 	if m.peek() == peekDead {
 		m.pool.died()
 		return dead
 	}
-	// Not the caller's context: that it gives up would break the connection.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), m.pool.cfg.PingTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), m.pool.cfg.PingTimeout)
 	defer cancel()
-	if err := m.conn.Conn().PgConn().Ping(ctx); err != nil {
+	if err := m.conn.PgConn().Ping(ctx); err != nil {
 		m.pool.died()
 		if ctx.Err() != nil {
 			return silent
 		}
 		return dead
 	}
-	if m.isReadOnly() && !m.readOnly {
+	if m.leftBehind() {
 		m.pool.died()
 		return dead
 	}
-	m.proven = deaths
+	m.proven, m.provenAt = deaths, time.Now()
 	return alive
 }
 
 // usable reports whether the connection is in a state to be lent again.
 func (m *member) usable() bool {
-	pg := m.conn.Conn().PgConn()
-	return !m.broken && !pg.IsClosed() && !pg.IsBusy() && pg.TxStatus() == 'I'
+	pg := m.conn.PgConn()
+	return !m.broken && !pg.IsClosed() && !pg.IsBusy() && pg.TxStatus() == 'I' && !m.leftBehind()
 }
 
 // closeBound is how long closing a connection may take that is not known to be
@@ -156,22 +167,29 @@ func (m *member) usable() bool {
 const closeBound = time.Second
 
 // close closes the connection. A broken one has its socket closed first, so that
-// nothing waits for a server that doesn't answer. Of a sound one the server's end
-// is awaited, so that its successor doesn't make one too many there.
-func (m *member) close(broken bool) {
+// nothing waits for a server that doesn't answer. Of others the server's end is
+// awaited, so that a successor doesn't make one too many there: pgx asks it to
+// cancel the statement of one that it has closed itself.
+func (m *member) close(reason closedFor) {
 	// Out of pgxpool before it is closed: its own closing may take 15 s, and
 	// holds the place of the connection's successor.
-	conn := m.conn.Hijack()
-	if broken || conn.IsClosed() {
-		_ = m.net.Close()
-	} else {
+	m.px.Hijack()
+	pg := m.conn.PgConn()
+	switch {
+	case reason == closedCancelled:
+		select {
+		case <-pg.CleanupDone():
+		case <-time.After(closeBound):
+		}
+	case reason != closedBroken && !pg.IsClosed():
 		_ = m.net.SetDeadline(time.Now().Add(closeBound))
-		conn.PgConn().Frontend().Send(&pgproto3.Terminate{})
-		if conn.PgConn().Frontend().Flush() == nil {
+		pg.Frontend().Send(&pgproto3.Terminate{})
+		if pg.Frontend().Flush() == nil {
 			_, _ = io.Copy(io.Discard, m.net)
 		}
 	}
+	_ = m.net.Close()
 	ctx, cancel := context.WithTimeout(context.Background(), closeBound)
 	defer cancel()
-	_ = conn.Close(ctx)
+	_ = m.conn.Close(ctx)
 }

@@ -261,7 +261,9 @@ func (m *model) outage(rt *rapid.T) {
 	m.proxy.Reset()
 	m.breakAll()
 	if len(m.held) < m.limit {
-		if _, err := m.pool.Acquire(context.Background()); err == nil {
+		ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+		defer cancel()
+		if _, err := m.pool.Acquire(ctx); err == nil {
 			rt.Fatal("a connection was lent to a server that refuses all")
 		}
 	}

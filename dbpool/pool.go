@@ -24,18 +24,23 @@ var ErrClosed = errors.New("the pool is closed")
 // that one lock decides who gets which: the one used last is lent first, waiters
 // are served in their order, and the one idle longest is validated or closed.
 type Pool struct {
-	cfg    Config
-	px     *pgxpool.Pool
-	log    *slog.Logger
-	ctx    context.Context // ends when the pool is closed
-	cancel context.CancelFunc
-	work   sync.WaitGroup // the pool's own goroutines
+	cfg         Config
+	px          *pgxpool.Pool
+	log         *slog.Logger
+	ctx         context.Context // ends when the pool is closed
+	cancel      context.CancelFunc
+	maintenance sync.WaitGroup
+
+	sockets sockets
 
 	// deaths counts what told that connections may be dead. It only grows; a
 	// connection proven before the last one is a suspect.
 	deaths atomic.Uint64
 	loans  atomic.Uint64
+	// writes is true once a connection was open that takes writes.
+	writes atomic.Bool
 	waits  [6]atomic.Uint64 // see Counts.Waits
+	waited atomic.Uint64    // acquires that waited in line
 
 	mu          sync.Mutex // guards what follows
 	idle        []*member  // the longest idle first
@@ -45,6 +50,7 @@ type Pool struct {
 	waiters     list.List // of *waiter, the first come first
 	validations uint64
 	connectErr  error // of the last attempt, nil if it succeeded
+	holdOff     bool  // after it failed, while others may be given back
 	closed      bool
 	counts      Counts
 }
@@ -80,7 +86,7 @@ func Open(_ context.Context, cfg Config) (*Pool, error) {
 		p.cancel()
 		return nil, fmt.Errorf("dbpool: %w", err)
 	}
-	p.work.Go(p.maintain)
+	p.maintenance.Go(p.maintain)
 	return p, nil
 }
 
@@ -102,53 +108,171 @@ func (p *Pool) Acquire(ctx context.Context) (*Conn, error) {
 func (p *Pool) acquire(ctx context.Context, c *Conn) error {
 	began := time.Now()
 	borrower, _ := ctx.Value(borrowerKey{}).(*Borrower)
-	var giveUp *time.Timer
-	now := began // as long as nothing took time: the clock costs as much as the rest
-	for first := true; ; first = false {
-		m, err := p.takeIdle(ctx, borrower, began, first)
-		if m == nil && err == nil {
-			if giveUp == nil {
-				giveUp = time.NewTimer(p.cfg.Timeout)
-				defer giveUp.Stop()
-			}
-			m, err = p.await(ctx, borrower, giveUp.C, !first)
-			now = time.Now()
-		}
+	a := acquirer{pool: p, ctx: ctx, borrower: borrower, began: began, now: began}
+	m, err := a.run()
+	if a.giveUp != nil {
+		a.giveUp.Stop()
+	}
+	if err == nil {
+		p.lend(m, c, a.now.Sub(began), a.waited)
+		return nil
+	}
+	if borrower != nil {
+		borrower.waitedInVain(time.Since(began))
+	}
+	if _, ok := errors.AsType[*TimeoutError](err); ok {
+		return fmt.Errorf("dbpool: %w", err) // it says the rest itself
+	}
+	return fmt.Errorf("dbpool: acquire: %w", err)
+}
+
+// acquirer is one call of Acquire.
+type acquirer struct {
+	pool     *Pool
+	ctx      context.Context
+	borrower *Borrower
+	began    time.Time
+	now      time.Time // not asked for while nothing takes time: it costs as much as the rest
+	giveUp   *time.Timer
+	waited   bool
+	again    bool // it had a connection that could not be lent
+}
+
+// run returns a connection that is out and can be lent.
+func (a *acquirer) run() (*member, error) {
+	p := a.pool
+	recycled := false
+	for ; ; a.again = true {
+		m, err := a.take()
 		if err != nil {
-			if _, ok := errors.AsType[*TimeoutError](err); ok {
-				return fmt.Errorf("dbpool: %w", err) // it says the rest itself
-			}
-			return fmt.Errorf("dbpool: acquire: %w", err)
+			return nil, err
 		}
 		switch {
 		case p.ctx.Err() != nil:
 			p.discard(m, closedOthers)
-			return fmt.Errorf("dbpool: acquire: %w", ErrClosed)
-		case m.expired(now):
+			return nil, ErrClosed
+		case m.expired(a.now) && !recycled:
+			// One for each caller at the most, so that they don't empty the pool
+			// at once.
+			recycled = true
 			p.discard(m, closedRecycled)
 			continue
+		case !p.cfg.PrePing || m.looksAlive(a.now):
+			return m, nil
 		}
-		health := alive
-		if p.cfg.PrePing && !m.looksAlive(now) {
-			health = m.ping(ctx)
-			now = time.Now()
+		h, err := a.ping(m)
+		if err != nil {
+			return nil, err
 		}
-		switch health {
+		switch h {
 		case alive:
-			p.lend(m, c, now.Sub(began))
-			return nil
+			return m, nil
 		case silent:
-			p.closeSuspects()
+			p.discard(m, closedBroken)
+			go p.askSuspects()
+		default:
+			p.discard(m, closedBroken)
 		}
-		p.discard(m, closedBroken)
 	}
 }
 
-// closeSuspects closes the idle connections that are suspects, because one of
-// them did not answer in time. To ask each of them would take a whole
-// PingTimeout again, and a new connection is a better question to a server that
-// may be away. It returns how many it closed.
-func (p *Pool) closeSuspects() int {
+// ping asks the server about a connection, for no longer than the caller's
+// context. If that ends first, the connection goes on without the caller.
+func (a *acquirer) ping(m *member) (health, error) {
+	defer func() { a.now = time.Now() }()
+	p := a.pool
+	if a.ctx.Done() == nil {
+		return m.ping(), nil
+	}
+	answer := make(chan health, 1)
+	go func() { answer <- m.ping() }()
+	select {
+	case h := <-answer:
+		return h, nil
+	case <-a.ctx.Done():
+		go func() {
+			if <-answer == alive {
+				p.putBack(m)
+			} else {
+				p.discard(m, closedBroken)
+			}
+		}()
+		return dead, context.Cause(a.ctx)
+	}
+}
+
+// take returns the connection that was used last; if there is none, or others
+// wait for one, it waits in line, at its head if it was served before.
+func (a *acquirer) take() (*member, error) {
+	if a.ctx.Err() != nil {
+		return nil, context.Cause(a.ctx)
+	}
+	p := a.pool
+	p.mu.Lock()
+	if p.closed {
+		p.mu.Unlock()
+		return nil, ErrClosed
+	}
+	if last := len(p.idle) - 1; last >= 0 && (a.again || p.waiters.Len() == 0) {
+		m := p.idle[last]
+		p.idle[last] = nil
+		p.idle = p.idle[:last]
+		p.takeOut(m, a.borrower, a.now)
+		p.mu.Unlock()
+		return m, nil
+	}
+	a.waited = true
+	w := &waiter{ch: make(chan handover, 1), borrower: a.borrower, since: time.Now()}
+	var place *list.Element
+	if a.again {
+		place = p.waiters.PushFront(w)
+	} else {
+		place = p.waiters.PushBack(w)
+	}
+	p.openForWaiters()
+	p.mu.Unlock()
+
+	if a.giveUp == nil {
+		a.giveUp = time.NewTimer(p.cfg.Timeout)
+	}
+	defer func() { a.now = time.Now() }()
+	var reason error
+	select {
+	case h := <-w.ch:
+		return h.member, h.err
+	case <-a.ctx.Done():
+		reason = context.Cause(a.ctx)
+	case <-a.giveUp.C:
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	select {
+	case h := <-w.ch: // at the last moment
+		if reason == nil {
+			return h.member, h.err
+		}
+		if h.member != nil {
+			delete(p.out, h.member)
+			if !p.give(h.member) {
+				go p.dispose(h.member, closedOthers)
+			}
+		}
+		return nil, reason
+	default:
+	}
+	if reason == nil {
+		p.counts.TimedOut++
+		reason = p.timeoutError()
+	}
+	p.waiters.Remove(place)
+	return nil, reason
+}
+
+// askSuspects asks the idle suspects for an answer, all at once: one of them was
+// silent for a whole PingTimeout, and to ask them in turn would take as long
+// each. If they take up all places, one is closed unasked, so that a new
+// connection can be tried meanwhile. It returns how many were closed.
+func (p *Pool) askSuspects() int {
 	deaths := p.deaths.Load()
 	var suspects []*member
 	p.mu.Lock()
@@ -163,87 +287,23 @@ func (p *Pool) closeSuspects() int {
 	clear(p.idle[len(kept):])
 	p.idle = kept
 	p.aside += len(suspects)
-	p.mu.Unlock()
-	for _, m := range suspects {
-		p.dispose(m, closedBroken)
-	}
-	return len(suspects)
-}
-
-// takeIdle returns the connection that was used last, or nil if there is none
-// that this caller may have before others.
-func (p *Pool) takeIdle(ctx context.Context, b *Borrower, now time.Time, first bool) (*member, error) {
-	if ctx.Err() != nil {
-		return nil, context.Cause(ctx)
-	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.closed {
-		return nil, ErrClosed
-	}
-	if len(p.idle) == 0 || first && p.waiters.Len() > 0 {
-		return nil, nil
-	}
-	m := p.idle[len(p.idle)-1]
-	p.idle[len(p.idle)-1] = nil
-	p.idle = p.idle[:len(p.idle)-1]
-	p.takeOut(m, b, now)
-	if first {
-		p.counts.AcquiredDirect++
-	}
-	return m, nil
-}
-
-// await waits in line, at its head if it was there before, and has a connection
-// opened if there may be one more.
-func (p *Pool) await(ctx context.Context, b *Borrower, timeout <-chan time.Time, again bool) (*member, error) {
-	w := &waiter{ch: make(chan handover, 1), borrower: b, since: time.Now()}
-	p.mu.Lock()
-	if p.closed {
-		p.mu.Unlock()
-		return nil, ErrClosed
-	}
-	var place *list.Element
-	if again {
-		place = p.waiters.PushFront(w)
-	} else {
-		place = p.waiters.PushBack(w)
-	}
-	p.openForWaiters()
+	full := p.open() >= p.cfg.Size+p.cfg.MaxOverflow
 	p.mu.Unlock()
 
-	var reason error
-	select {
-	case h := <-w.ch:
-		return p.waited(h, again)
-	case <-ctx.Done():
-		reason = context.Cause(ctx)
-	case <-timeout:
+	var closed atomic.Int64
+	var asked sync.WaitGroup
+	for i, m := range suspects {
+		asked.Go(func() {
+			if full && i == 0 || m.ping() != alive {
+				closed.Add(1)
+				p.dispose(m, closedBroken)
+			} else {
+				p.bringBack(m)
+			}
+		})
 	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	select {
-	case h := <-w.ch: // at the last moment
-		p.mu.Unlock()
-		defer p.mu.Lock()
-		return p.waited(h, again)
-	default:
-	}
-	if reason == nil {
-		p.counts.TimedOut++
-		reason = p.timeoutError()
-	}
-	p.waiters.Remove(place)
-	return nil, reason
-}
-
-func (p *Pool) waited(h handover, again bool) (*member, error) {
-	if h.err == nil && !again {
-		p.mu.Lock()
-		p.counts.AcquiredWaited++
-		p.mu.Unlock()
-	}
-	return h.member, h.err
+	asked.Wait()
+	return int(closed.Load())
 }
 
 // takeOut marks a connection as out. The caller holds the lock.
@@ -253,8 +313,8 @@ func (p *Pool) takeOut(m *member, b *Borrower, now time.Time) {
 }
 
 // lend begins the loan of a connection that is out and was checked.
-func (p *Pool) lend(m *member, c *Conn, wait time.Duration) {
-	m.queries, m.broken, m.tx = 0, false, nil
+func (p *Pool) lend(m *member, c *Conn, wait time.Duration, waited bool) {
+	m.queries, m.broken, m.wasShut, m.tx = 0, false, false, nil
 	if p.cfg.LeakAfter > 0 {
 		clear(m.stack[:])
 		runtime.Callers(3, m.stack[:])
@@ -265,26 +325,49 @@ func (p *Pool) lend(m *member, c *Conn, wait time.Duration) {
 		m.borrower.took(m, wait)
 	}
 	p.observeWait(wait)
+	if waited {
+		p.waited.Add(1)
+	}
 }
 
-// giveBack ends a loan.
-func (p *Pool) giveBack(m *member) {
+// giveBack ends a loan. A connection that can't be lent again is closed, and
+// counted under the reason given.
+func (p *Pool) giveBack(m *member, reason closedFor) {
 	usable := m.usable()
 	now := time.Now()
 	if b := m.borrower; b != nil {
 		b.gave(m, now.Sub(m.lent))
 	}
-	if !usable {
-		p.discard(m, closedBroken)
-		return
+	m.fresh = false
+	switch {
+	case !usable && reason == closedBroken && m.conn.IsClosed() && !m.broken:
+		// Its caller's context ended amid a statement, and pgx has closed it.
+		p.discardSoon(m, closedCancelled)
+	case !usable:
+		p.discard(m, reason)
+	case m.expired(now):
+		p.discardSoon(m, closedRecycled)
+	default:
+		m.idleSince, m.provenAt = now, now
+		p.putBack(m)
 	}
-	if m.expired(now) {
-		p.discard(m, closedRecycled)
-		return
-	}
+}
+
+// putBack takes back a connection that is out.
+func (p *Pool) putBack(m *member) {
 	p.mu.Lock()
 	delete(p.out, m)
-	m.idleSince = now
+	kept := p.give(m)
+	p.mu.Unlock()
+	if !kept {
+		p.dispose(m, closedOthers)
+	}
+}
+
+// bringBack takes back a connection that is aside.
+func (p *Pool) bringBack(m *member) {
+	p.mu.Lock()
+	p.aside--
 	kept := p.give(m)
 	p.mu.Unlock()
 	if !kept {
@@ -326,35 +409,49 @@ func (p *Pool) nextWaiter() *waiter {
 type closedFor int
 
 const (
-	closedOthers   closedFor = iota // the pool is closed
-	closedBroken                    // it is dead, or in a bad state
-	closedRecycled                  // its life is over
-	closedOverflow                  // it is idle and beyond the size
+	closedOthers    closedFor = iota // the pool is closed
+	closedBroken                     // it is dead, or in a bad state
+	closedCancelled                  // pgx has closed it, since a statement was cancelled
+	closedRecycled                   // its life is over
+	closedOverflow                   // it is idle and beyond the size
+	closedLeaked                     // it was not given back, and was left in a bad state
 )
 
 // discard closes a connection that is out.
 func (p *Pool) discard(m *member, reason closedFor) {
+	p.setOutAside(m)
+	p.dispose(m, reason)
+}
+
+// discardSoon does so without letting the caller wait for the server.
+func (p *Pool) discardSoon(m *member, reason closedFor) {
+	p.setOutAside(m)
+	go p.dispose(m, reason)
+}
+
+func (p *Pool) setOutAside(m *member) {
 	p.mu.Lock()
+	defer p.mu.Unlock()
 	delete(p.out, m)
 	p.aside++
-	p.mu.Unlock()
-	p.dispose(m, reason)
 }
 
 // dispose closes a connection that is aside, and lets another one have its
 // place.
 func (p *Pool) dispose(m *member, reason closedFor) {
-	m.close(reason == closedBroken)
+	m.close(reason)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.aside--
 	switch reason {
-	case closedBroken:
+	case closedBroken, closedCancelled:
 		p.counts.ClosedBroken++
 	case closedRecycled:
 		p.counts.ClosedRecycled++
 	case closedOverflow:
 		p.counts.ClosedOverflow++
+	case closedLeaked:
+		p.counts.ClosedLeaked++
 	}
 	p.openForWaiters()
 }
@@ -366,16 +463,23 @@ func (p *Pool) open() int { return len(p.idle) + len(p.out) + p.opening + p.asid
 // openForWaiters opens a connection for each who waits, as far as the limits go.
 // The caller holds the lock.
 func (p *Pool) openForWaiters() {
-	for !p.closed && p.opening < p.waiters.Len() && p.open() < p.cfg.Size+p.cfg.MaxOverflow {
+	for !p.closed && !p.holdOff && p.opening < p.waiters.Len() && p.open() < p.cfg.Size+p.cfg.MaxOverflow {
 		p.opening++
-		p.work.Go(func() { _ = p.openOne() })
+		go func() { _ = p.openOne() }()
 	}
 }
 
-// openOne opens the connection that p.opening was counted up for, and gives it,
-// or the error, to who waits first. It isn't bound to that caller's context: when
-// the caller gives up, the next one has the use of it. But one who came later
-// isn't told of a failure that may be over: an attempt of his own is made.
+// openAgainAfter is the pause after an attempt to connect that failed while
+// other connections are open.
+const openAgainAfter = 250 * time.Millisecond
+
+// openOne opens the connection that p.opening was counted up for, and gives it to
+// who waits first. It isn't bound to that caller's context: when the caller gives
+// up, the next one has the use of it.
+//
+// A failure is told to who waits first, if no connection is open that he could
+// get in its stead, and if he was waiting when the attempt began: for one who
+// came later another is made.
 func (p *Pool) openOne() error {
 	began := time.Now()
 	c, err := p.px.Acquire(p.ctx)
@@ -388,21 +492,35 @@ func (p *Pool) openOne() error {
 	defer p.mu.Unlock()
 	p.opening--
 	p.connectErr = err
-	if err != nil {
-		p.counts.ConnectErrors++
-		if e := p.waiters.Front(); e != nil && e.Value.(*waiter).since.Before(began) {
-			p.nextWaiter().ch <- handover{err: err}
+	if err == nil {
+		p.counts.Opened++
+		m.idleSince = m.provenAt
+		if !p.give(m) {
+			go p.dispose(m, closedOthers)
+			return ErrClosed
 		}
-		p.openForWaiters()
+		return nil
+	}
+	p.counts.ConnectErrors++
+	if len(p.idle)+len(p.out)+p.aside > 0 {
+		if !p.holdOff {
+			p.holdOff = true
+			time.AfterFunc(openAgainAfter, p.endHoldOff)
+		}
 		return err
 	}
-	p.counts.Opened++
-	m.idleSince = time.Now()
-	if !p.give(m) {
-		p.work.Go(func() { p.dispose(m, closedOthers) })
-		return ErrClosed
+	if e := p.waiters.Front(); e != nil && e.Value.(*waiter).since.Before(began) {
+		p.nextWaiter().ch <- handover{err: err}
 	}
-	return nil
+	p.openForWaiters()
+	return err
+}
+
+func (p *Pool) endHoldOff() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.holdOff = false
+	p.openForWaiters()
 }
 
 // died makes every connection a suspect: each is asked before it is lent next.
@@ -416,11 +534,7 @@ const closeGrace = 2 * time.Second
 // Closing twice is safe.
 func (p *Pool) Close() {
 	p.mu.Lock()
-	if p.closed {
-		p.mu.Unlock()
-		p.work.Wait()
-		return
-	}
+	first := !p.closed
 	p.closed = true
 	for w := p.nextWaiter(); w != nil; w = p.nextWaiter() {
 		w.ch <- handover{err: ErrClosed}
@@ -431,18 +545,21 @@ func (p *Pool) Close() {
 	p.mu.Unlock()
 	p.cancel()
 	for _, m := range idle {
-		p.work.Go(func() { p.dispose(m, closedOthers) })
+		go p.dispose(m, closedOthers)
 	}
-	for giveUp := time.Now().Add(closeGrace); !p.allBack(time.Now().After(giveUp)); {
-		time.Sleep(10 * time.Millisecond)
+	for giveUp := time.Now().Add(closeGrace); !p.allClosed(time.Now().After(giveUp)); {
+		time.Sleep(5 * time.Millisecond)
 	}
-	p.work.Wait()
-	p.px.Close()
+	p.maintenance.Wait()
+	if first {
+		p.px.Close()
+	}
+	p.sockets.closeAll()
 }
 
-// allBack reports whether no connection is out. With force it closes those that
-// are lent; what then is still out is being checked, and on its way back.
-func (p *Pool) allBack(force bool) bool {
+// allClosed reports whether no connection is open. With force it closes those
+// that are lent; what then is still open is on its way back.
+func (p *Pool) allClosed(force bool) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for m := range p.out {
@@ -454,7 +571,7 @@ func (p *Pool) allBack(force bool) bool {
 		delete(p.out, m)
 		// Whoever still uses it gets an error from the socket.
 		_ = m.net.Close()
-		m.conn.Hijack()
+		m.px.Hijack()
 	}
-	return len(p.out) == 0
+	return p.open() == 0
 }

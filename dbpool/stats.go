@@ -1,6 +1,7 @@
 package dbpool
 
 import (
+	"cmp"
 	"fmt"
 	"runtime"
 	"slices"
@@ -8,7 +9,8 @@ import (
 	"time"
 )
 
-// Stats is how a pool stood at one moment: all of it was read under one lock.
+// Stats is how a pool stood at one moment: all of it but how acquiring went was
+// read under one lock.
 type Stats struct {
 	// PoolSize is Config.Size.
 	PoolSize int
@@ -48,7 +50,10 @@ func (p *Pool) Stats() Stats {
 	}
 	for i := range p.waits {
 		s.Counts.Waits[i] = p.waits[i].Load()
+		s.Counts.AcquiredDirect += s.Counts.Waits[i]
 	}
+	s.Counts.AcquiredWaited = p.waited.Load()
+	s.Counts.AcquiredDirect -= s.Counts.AcquiredWaited
 	deaths := p.deaths.Load()
 	for _, m := range p.idle {
 		if m.proven < deaths {
@@ -134,7 +139,7 @@ func (p *Pool) timeoutError() *TimeoutError {
 	for m := range p.out {
 		e.Holders = append(e.Holders, Holder{m.borrower.String(), now.Sub(m.lent)})
 	}
-	slices.SortFunc(e.Holders, func(a, b Holder) int { return int(b.For - a.For) })
+	slices.SortFunc(e.Holders, func(a, b Holder) int { return cmp.Compare(b.For, a.For) })
 	return e
 }
 

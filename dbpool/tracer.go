@@ -6,7 +6,6 @@ import (
 	"io"
 	"net"
 	"strings"
-	"syscall"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -23,6 +22,7 @@ func memberOf(conn *pgx.Conn) *member {
 func (t tracer) began(ctx context.Context, conn *pgx.Conn, sql string) {
 	if m := memberOf(conn); m != nil {
 		m.queries++
+		m.wasShut = conn.IsClosed()
 	}
 	if t.pool.cfg.Echo {
 		t.pool.log.InfoContext(ctx, "sql", "statement", sql)
@@ -31,28 +31,29 @@ func (t tracer) began(ctx context.Context, conn *pgx.Conn, sql string) {
 
 func (t tracer) ended(ctx context.Context, conn *pgx.Conn, err error) {
 	m := memberOf(conn)
-	if err == nil || m == nil {
+	if err == nil || m == nil || m.wasShut {
 		return
 	}
 	switch {
-	case isDeath(err), conn.IsClosed() && ctx.Err() == nil:
-		m.broken = true
-		t.pool.died()
-	case isReadOnly(err) && m.isReadOnly() && !m.readOnly:
+	case isDeath(err), conn.IsClosed() && ctx.Err() == nil && isSocketError(err), isReadOnly(err) && m.leftBehind():
 		m.broken = true
 		t.pool.died()
 	}
 }
 
-// isDeath reports whether err tells that the connection, or the server behind
-// it, is gone: SQLSTATE class 08 (connection), 57P01 to 57P03 (the server is
-// shutting down, crashed or starting), or the end of the socket.
+// isDeath reports whether err is the server's word that the connection, or it
+// itself, is going: SQLSTATE class 08 (connection), 57P01 to 57P03 (the server is
+// shutting down, crashed or starting).
 func isDeath(err error) bool {
-	if e, ok := errors.AsType[*pgconn.PgError](err); ok {
-		return strings.HasPrefix(e.Code, "08") || e.Code == "57P01" || e.Code == "57P02" || e.Code == "57P03"
-	}
-	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, net.ErrClosed) ||
-		errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ETIMEDOUT)
+	e, ok := errors.AsType[*pgconn.PgError](err)
+	return ok && (strings.HasPrefix(e.Code, "08") || e.Code == "57P01" || e.Code == "57P02" || e.Code == "57P03")
+}
+
+// isSocketError reports whether err is the socket's: an end, or a reset. Of a
+// connection that pgx has not closed over it, it is somebody else's socket.
+func isSocketError(err error) bool {
+	_, network := errors.AsType[net.Error](err)
+	return network || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, net.ErrClosed)
 }
 
 // isReadOnly is SQLSTATE 25006, which a primary that became a standby gives, but

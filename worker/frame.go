@@ -171,13 +171,18 @@ func (f *frame) record(job *tasks.Job, outcome string, took time.Duration, usage
 		return
 	}
 	stats := f.db.Stats()
+	db := []any{
+		"acquires", usage.Acquires, "wait_ms", usage.Wait.Milliseconds(),
+		"held_ms", usage.Held.Milliseconds(), "queries", usage.Queries,
+	}
+	if usage.Leaked > 0 {
+		db = append(db, "leaked", usage.Leaked)
+	}
 	attrs := []slog.Attr{
 		slog.Group("job",
 			"id", job.ID, "kind", job.Kind, "queue", job.Queue,
 			"attempt", job.Attempt, "outcome", outcome, "took_ms", took.Milliseconds()),
-		slog.Group("db",
-			"acquires", usage.Acquires, "wait_ms", usage.Wait.Milliseconds(),
-			"held_ms", usage.Held.Milliseconds(), "queries", usage.Queries),
+		slog.Group("db", db...),
 		slog.Group("pool",
 			"pool_size", stats.PoolSize, "checked_in", stats.CheckedIn, "checked_out", stats.CheckedOut,
 			"overflow", stats.Overflow, "invalid", stats.Invalid, "waiting", stats.Waiting),

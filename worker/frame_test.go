@@ -289,6 +289,9 @@ func TestFrame_ForgottenConnectionGoesBackWhenTheJobEnds(t *testing.T) {
 	if s := f.db.Stats(); s.CheckedOut != 0 {
 		t.Errorf("%d connections are still out", s.CheckedOut)
 	}
+	if r := f.records(t, 1)[0]; r["db"].(map[string]any)["leaked"] != 1.0 {
+		t.Errorf("the record does not say so: %v", r)
+	}
 }
 
 func TestFrame_UniqueKeyIsFreeAgainWhenTheJobHasEnded(t *testing.T) {
