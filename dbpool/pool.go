@@ -190,11 +190,16 @@ func (a *acquirer) ping(m *member) (health, error) {
 	case h := <-answer:
 		return h, nil
 	case <-a.ctx.Done():
+		p.setOutAside(m)
 		go func() {
-			if <-answer == alive {
-				p.putBack(m)
-			} else {
-				p.discard(m, closedBroken)
+			switch <-answer {
+			case alive:
+				p.bringBack(m)
+			case silent:
+				p.dispose(m, closedBroken)
+				p.askSuspects()
+			default:
+				p.dispose(m, closedBroken)
 			}
 		}()
 		return dead, context.Cause(a.ctx)

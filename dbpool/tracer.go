@@ -35,8 +35,12 @@ func (t tracer) ended(ctx context.Context, conn *pgx.Conn, err error) {
 		return
 	}
 	switch {
-	case isDeath(err), conn.IsClosed() && ctx.Err() == nil && isSocketError(err), isReadOnly(err) && m.leftBehind():
+	case isDeath(err), isReadOnly(err) && m.leftBehind(), conn.IsClosed() && ctx.Err() == nil && isSocketError(err):
 		m.broken = true
+		t.pool.died()
+	case conn.IsClosed():
+		// Its caller waited for an answer in vain. That may be the statement's
+		// fault, or the network's: then the others would be waited for as long.
 		t.pool.died()
 	}
 }
