@@ -169,7 +169,7 @@ func (p *Pool) Validate(ctx context.Context) (Validation, error) {
 		replace++
 		p.dispose(m, closedBroken)
 		if h == silent {
-			replace += p.askSuspects()
+			replace += p.ask(p.setSuspectsAside())
 		}
 	}
 	opened, err := p.refill(ctx, p.cfg.Size)

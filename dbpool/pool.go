@@ -169,7 +169,8 @@ func (a *acquirer) run() (*member, error) {
 			return m, nil
 		case silent:
 			p.discard(m, closedBroken)
-			go p.askSuspects()
+			suspects := p.setSuspectsAside()
+			go p.ask(suspects)
 		default:
 			p.discard(m, closedBroken)
 		}
@@ -197,7 +198,7 @@ func (a *acquirer) ping(m *member) (health, error) {
 				p.bringBack(m)
 			case silent:
 				p.dispose(m, closedBroken)
-				p.askSuspects()
+				p.ask(p.setSuspectsAside())
 			default:
 				p.dispose(m, closedBroken)
 			}
@@ -273,14 +274,12 @@ func (a *acquirer) take() (*member, error) {
 	return nil, reason
 }
 
-// askSuspects asks the idle suspects for an answer, all at once: one of them was
-// silent for a whole PingTimeout, and to ask them in turn would take as long
-// each. If they take up all places, one is closed unasked, so that a new
-// connection can be tried meanwhile. It returns how many were closed.
-func (p *Pool) askSuspects() int {
+// setSuspectsAside takes the idle suspects out of reach, to be asked.
+func (p *Pool) setSuspectsAside() []*member {
 	deaths := p.deaths.Load()
 	var suspects []*member
 	p.mu.Lock()
+	defer p.mu.Unlock()
 	kept := p.idle[:0]
 	for _, m := range p.idle {
 		if m.proven < deaths {
@@ -292,6 +291,15 @@ func (p *Pool) askSuspects() int {
 	clear(p.idle[len(kept):])
 	p.idle = kept
 	p.aside += len(suspects)
+	return suspects
+}
+
+// ask asks connections that are aside for an answer, all at once: one of them was
+// silent for a whole PingTimeout, and to ask the others in turn would take as
+// long each. If they take up all places, one is closed unasked, so that a new
+// connection can be tried meanwhile. It returns how many were closed.
+func (p *Pool) ask(suspects []*member) int {
+	p.mu.Lock()
 	full := p.open() >= p.cfg.Size+p.cfg.MaxOverflow
 	p.mu.Unlock()
 

@@ -27,6 +27,7 @@ const (
 	// half of it. On two cores and a local Redis, four loops on three queues pick
 	// up a job after 9 ms (p50) and ask Redis 240 times a second when idle; at
 	// 10 ms it is 2 ms and 1100 times, at asynq's default of a second 150 ms.
+	// Made by: cd bench && go run ./pickup
 	idleCheck = 50 * time.Millisecond
 	// dueCheck is how often scheduled jobs and retries that are due are moved
 	// to their queues.

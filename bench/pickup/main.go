@@ -20,7 +20,7 @@ import (
 )
 
 const (
-	jobs   = 40
+	jobs   = 20
 	atRest = 2 * time.Second
 )
 
@@ -44,7 +44,7 @@ func run(ctx context.Context) error {
 	fmt.Println("| fetch loops | between looks | p50 | p95 | commands a second at rest |")
 	fmt.Println("| --- | --- | --- | --- | --- |")
 	for _, loops := range []int{1, 4} {
-		for _, interval := range []time.Duration{10, 50, 200} {
+		for _, interval := range []time.Duration{10, 50, 200, 1000} {
 			interval *= time.Millisecond
 			waits, rate, err := measure(ctx, rdb, loops, interval)
 			if err != nil {
