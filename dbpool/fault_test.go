@@ -190,3 +190,45 @@ func TestPool_ServerWithoutRoomIsAnErrorThatSaysSo(t *testing.T) {
 		t.Errorf("error %v, want invalid_password and no password", err)
 	}
 }
+
+func TestPool_ServerThatTurnsReadOnlyAndBackLeavesNoReadOnlyConnectionBehind(t *testing.T) {
+	t.Parallel()
+	server := startServer(t, servers.PostgresConfig{})
+	p := openOn(t, server.URL(), nil)
+	if _, err := p.Exec(t.Context(), "CREATE TABLE t (n int)"); err != nil {
+		t.Fatal(err)
+	}
+	admin, err := pgx.Connect(t.Context(), server.URL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer admin.Close(context.Background())
+	turn := func(readOnly string) {
+		t.Helper()
+		for _, statement := range []string{
+			"SET default_transaction_read_only = off", // this session's own
+			"ALTER SYSTEM SET default_transaction_read_only = " + readOnly,
+			"SELECT pg_reload_conf()",
+		} {
+			if _, err := admin.Exec(t.Context(), statement); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	insert := func() error { _, err := p.Exec(t.Context(), "INSERT INTO t VALUES (1)"); return err }
+
+	fill(t, p, 5)
+	turn("on")
+	eventually(t, "the server takes no writes", func() bool { return insert() != nil })
+	e, ok := errors.AsType[*pgconn.PgError](insert())
+	if !ok || e.Code != "25006" {
+		t.Errorf("while the server takes no writes: %v", e)
+	}
+	turn("off")
+	eventually(t, "the server takes writes", func() bool { return insert() == nil })
+	for range 20 {
+		if err := insert(); err != nil {
+			t.Errorf("a read-only connection was lent: %v", err)
+		}
+	}
+}
