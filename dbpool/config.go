@@ -11,10 +11,12 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/url"
 	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/multitracer"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
@@ -36,8 +38,13 @@ type Config struct {
 	// Recycle is a connection's longest life, less up to a tenth of it at
 	// random; 0 is for ever.
 	Recycle time.Duration
-	// PrePing checks each connection before it is lent.
+	// PrePing checks each connection before it is lent: it looks at the socket,
+	// and pings where that can't be enough.
 	PrePing bool
+	// PingIdle is how long a connection may have shown no sign of life before a
+	// quiet socket is no longer proof enough, and it is pinged: the network, or
+	// the whole server, may have gone without a word. 0 pings before each loan.
+	PingIdle time.Duration
 	// PingTimeout bounds each ping; it must be positive.
 	PingTimeout time.Duration
 	// LeakAfter is how long a connection may be out before its holder is logged;
@@ -51,6 +58,12 @@ type Config struct {
 	Echo bool
 	// Logger takes what the pool logs; nil is [slog.Default].
 	Logger *slog.Logger
+	// AfterConnect prepares a new connection, such as by registering types on
+	// it; nil for nothing. Its error is one of connecting.
+	AfterConnect func(context.Context, *pgx.Conn) error
+	// Tracer sees what happens on the connections too, as pgx calls it: for
+	// traces, say. nil for none.
+	Tracer pgx.QueryTracer
 }
 
 // DefaultConfig has the numbers of a SQLAlchemy QueuePool that served well: 5
@@ -60,9 +73,12 @@ func DefaultConfig(url string) Config {
 	return Config{
 		URL: url, Size: 5, MaxOverflow: 5, OverflowIdle: 5 * time.Second,
 		Timeout: 30 * time.Second, Recycle: 30 * time.Minute,
-		PrePing: true, PingTimeout: 2 * time.Second, LeakAfter: time.Minute,
+		PrePing: true, PingIdle: time.Second, PingTimeout: 2 * time.Second, LeakAfter: time.Minute,
 	}
 }
+
+// mostConnections is the largest max_connections that Postgres takes.
+const mostConnections = 262143
 
 // Validate names every fault of the configuration. The error never shows the
 // URL, which may hold a password.
@@ -77,6 +93,9 @@ func (c Config) Validate() error {
 	if c.MaxOverflow < 0 {
 		faults = append(faults, fmt.Sprintf("MaxOverflow is %d; set 0 for none", c.MaxOverflow))
 	}
+	if c.Size > mostConnections || c.MaxOverflow > mostConnections-c.Size {
+		faults = append(faults, fmt.Sprintf("Size %d and MaxOverflow %d are more together than any server takes; set at most %d", c.Size, c.MaxOverflow, mostConnections))
+	}
 	for _, d := range []struct {
 		name    string
 		value   time.Duration
@@ -84,6 +103,7 @@ func (c Config) Validate() error {
 	}{
 		{"Timeout", c.Timeout, 1},
 		{"PingTimeout", c.PingTimeout, 1},
+		{"PingIdle", c.PingIdle, 0},
 		{"OverflowIdle", c.OverflowIdle, 0},
 		{"Recycle", c.Recycle, 0},
 		{"LeakAfter", c.LeakAfter, 0},
@@ -98,16 +118,47 @@ func (c Config) Validate() error {
 	return errors.New("dbpool: " + strings.Join(faults, "; "))
 }
 
+// wantURL ends each complaint about a URL.
+const wantURL = "want postgres://user:password@host:5432/name, with special characters in the password %-encoded"
+
 func (c Config) parseURL() (*pgxpool.Config, error) {
 	if c.URL == "" {
 		return nil, errors.New("the URL is empty; want postgres://user:password@host:5432/name")
 	}
-	cfg, err := pgxpool.ParseConfig(c.URL)
-	if err != nil {
-		// pgx repeats the URL, and hides a password only where it finds it.
-		return nil, errors.New("the URL can't be read; want postgres://user:password@host:5432/name, with special characters in the password %-encoded")
+	password, rest := splitURL(c.URL)
+	if strings.Contains(rest, "@") {
+		// What pgx takes for the password ends too early. The rest of it would
+		// stand in each error of connecting, as the name of a host or database.
+		return nil, errors.New("the URL has an @ behind the user and password; " + wantURL)
 	}
-	return cfg, nil
+	cfg, err := pgxpool.ParseConfig(c.URL)
+	if err == nil {
+		return cfg, nil
+	}
+	// pgx repeats the URL, and hides a password only where it finds it. Behind
+	// that it says which setting is wrong.
+	decoded, undecodable := url.PathUnescape(password)
+	_, reason, ok := strings.Cut(err.Error(), "`: ")
+	if !ok || rest == "" || undecodable != nil || strings.Contains(c.URL, "password=") || decoded != "" && strings.Contains(reason, decoded) {
+		return nil, errors.New("the URL can't be read; " + wantURL)
+	}
+	return nil, fmt.Errorf("the URL has a wrong setting: %s", reason)
+}
+
+// splitURL returns the password of a URL, as it stands there, and the hosts and
+// the path, by the rules that pgx splits it by. Of what is no URL, both are
+// empty.
+func splitURL(u string) (password, hostsAndPath string) {
+	scheme, rest, _ := strings.Cut(u, "://")
+	if scheme != "postgres" && scheme != "postgresql" {
+		return "", ""
+	}
+	if i := strings.IndexAny(rest, "@/"); i >= 0 && rest[i] == '@' {
+		_, password, _ = strings.Cut(rest[:i], ":")
+		rest = rest[i+1:]
+	}
+	hostsAndPath, _, _ = strings.Cut(rest, "?")
+	return password, hostsAndPath
 }
 
 const (
@@ -150,7 +201,11 @@ func (p *Pool) pgxConfig() (*pgxpool.Config, error) {
 		}
 		return nil
 	}
+	cfg.AfterConnect = p.cfg.AfterConnect
 	cfg.ConnConfig.Tracer = tracer{p}
+	if p.cfg.Tracer != nil {
+		cfg.ConnConfig.Tracer = multitracer.New(tracer{p}, p.cfg.Tracer)
+	}
 	p.sockets.dialer = net.Dialer{
 		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: keepAliveIdle, Interval: keepAliveInterval, Count: keepAliveCount},
 		Control:         setUserTimeout,

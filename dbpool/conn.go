@@ -23,7 +23,7 @@ type Conn struct {
 // broke, or has an open transaction or open rows, is closed.
 func (c *Conn) Release() {
 	if c.member.loan.CompareAndSwap(c.loan, 0) {
-		c.member.pool.giveBack(c.member, closedBroken)
+		c.member.pool.giveBack(c.member, closedUnfit)
 	}
 }
 
@@ -59,13 +59,11 @@ func (c *Conn) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, er
 	if err != nil {
 		return failedRows{err: err}, err
 	}
-	c.member.rowsOpen.Store(true)
 	r, err := conn.Query(ctx, sql, args...)
 	if err != nil {
-		c.member.rowsOpen.Store(false)
 		return r, err
 	}
-	return &rows{Rows: r, conn: c}, nil
+	return &rows{Rows: r, open: c.open()}, nil
 }
 
 // QueryRow is [pgx.Conn.QueryRow].
@@ -74,7 +72,7 @@ func (c *Conn) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
 	if err != nil {
 		return failedRows{err: err}
 	}
-	return conn.QueryRow(ctx, sql, args...)
+	return &row{conn.QueryRow(ctx, sql, args...), c.open()}
 }
 
 // SendBatch is [pgx.Conn.SendBatch].
@@ -83,7 +81,11 @@ func (c *Conn) SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchResults {
 	if err != nil {
 		return pgx.FailedBatchResults(b, err)
 	}
-	return conn.SendBatch(ctx, b)
+	results := conn.SendBatch(ctx, b)
+	if begun := results.Tx(); begun != nil {
+		c.member.tx = begun
+	}
+	return &batch{results, c.open()}
 }
 
 // CopyFrom is [pgx.Conn.CopyFrom].
@@ -144,7 +146,7 @@ func (p *Pool) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, er
 		c.Release()
 		return failedRows{err: err}, err
 	}
-	r.(*rows).release = true
+	r.(*rows).open.release = true
 	return r, nil
 }
 
@@ -155,8 +157,11 @@ func (p *Pool) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
 	if err != nil {
 		return failedRows{err: err}
 	}
-	c.member.rowsOpen.Store(true)
-	return &row{c.QueryRow(ctx, sql, args...), c}
+	r := c.QueryRow(ctx, sql, args...)
+	if r, ok := r.(*row); ok {
+		r.open.release = true
+	}
+	return r
 }
 
 // SendBatch acquires a connection for one [pgx.Conn.SendBatch]. It is given back
@@ -169,10 +174,12 @@ func (p *Pool) SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchResults {
 	}
 	results := c.SendBatch(ctx, b)
 	if begun := results.Tx(); begun != nil {
-		c.member.tx = begun
 		return &txBatch{results, &tx{begun, c}}
 	}
-	return &batch{results, c}
+	if r, ok := results.(*batch); ok {
+		r.open.release = true
+	}
+	return results
 }
 
 // CopyFrom acquires a connection for one [pgx.Conn.CopyFrom].
@@ -221,16 +228,20 @@ func (t *tx) Rollback(ctx context.Context) error {
 	return err
 }
 
-// rows notes when they are closed, and then gives the connection back if it was
-// acquired for them.
-type rows struct {
-	pgx.Rows
+// results are rows, a row or a batch's results that are not closed yet.
+type results struct {
 	conn    *Conn
-	release bool
+	release bool // the connection was acquired for them
 }
 
-func (r *rows) Close() {
-	r.Rows.Close()
+func (c *Conn) open() results {
+	c.member.rowsOpen.Store(true)
+	return results{conn: c}
+}
+
+// closed notes that they are closed, and gives the connection back if it was
+// acquired for them.
+func (r results) closed() {
 	if r.conn.member.loan.Load() != r.conn.loan {
 		return // it is somebody else's by now
 	}
@@ -238,6 +249,16 @@ func (r *rows) Close() {
 	if r.release {
 		r.conn.Release()
 	}
+}
+
+type rows struct {
+	pgx.Rows
+	open results
+}
+
+func (r *rows) Close() {
+	r.Rows.Close()
+	r.open.closed()
 }
 
 func (r *rows) Next() bool {
@@ -266,27 +287,22 @@ func (r *rows) Values() ([]any, error) {
 
 type row struct {
 	pgx.Row
-	conn *Conn
+	open results
 }
 
 func (r *row) Scan(dest ...any) error {
-	defer func() { // also when a Scanner panics
-		if r.conn.member.loan.Load() == r.conn.loan {
-			r.conn.member.rowsOpen.Store(false)
-		}
-		r.conn.Release()
-	}()
+	defer r.open.closed() // also when a Scanner panics
 	return r.Row.Scan(dest...)
 }
 
 type batch struct {
 	pgx.BatchResults
-	conn *Conn
+	open results
 }
 
 func (b *batch) Close() error {
 	err := b.BatchResults.Close()
-	b.conn.Release()
+	b.open.closed()
 	return err
 }
 

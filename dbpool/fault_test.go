@@ -15,6 +15,7 @@ import (
 
 	"github.com/carpool-go/carpool/dbpool"
 	"github.com/carpool-go/carpool/internal/servers"
+	"github.com/carpool-go/carpool/internal/testservers"
 )
 
 // startServer starts a Postgres that the test may break.
@@ -98,6 +99,21 @@ func TestPool_SurvivesWhatHappensToTheServer(t *testing.T) {
 				t.Fatal(err)
 			}
 			mustWork(t, p, "the server was stopped for a while")
+			p.Close()
+
+			u, err := url.Parse(server.URL())
+			if err != nil {
+				t.Fatal(err)
+			}
+			proxy := testservers.NewProxy(t, u.Host)
+			u.Host = proxy.Addr()
+			p = openOn(t, u.String(), func(c *dbpool.Config) { c.PingIdle, c.PingTimeout = 0, 500*time.Millisecond })
+			fill(t, p, 10)
+			proxy.Reset()
+			mustWork(t, p, "the network has reset all connections")
+			fill(t, p, 10)
+			losePing(t, p, proxy)
+			mustWork(t, p, "the network was away")
 		})
 	}
 }

@@ -10,8 +10,8 @@ import (
 // maintainEvery is how often the pool looks after itself.
 const maintainEvery = time.Second
 
-// maintain closes overflow that is idle, recycles one connection at a time, and
-// reports leaks, until the pool is closed.
+// maintain closes overflow that is idle, recycles what is too old, and reports
+// leaks, until the pool is closed.
 func (p *Pool) maintain() {
 	tick := time.NewTicker(maintainEvery)
 	defer tick.Stop()
@@ -60,12 +60,34 @@ func (p *Pool) closeOneOverflow(now time.Time) bool {
 	return true
 }
 
-// recycleOne replaces one idle connection that is at the end of its life. One a
-// second is enough, and never empties the pool.
+// recycleGap is the least time between two connections that are closed for their
+// age. When many are too old at once, as after a machine's sleep, they go in turn,
+// so that the pool isn't emptied; all of them within a tenth of their life.
+func (p *Pool) recycleGap() time.Duration {
+	return min(time.Second, p.cfg.Recycle/10/time.Duration(p.cfg.Size+p.cfg.MaxOverflow))
+}
+
+// mayRecycle reports whether it is the turn of a connection that is too old to be
+// closed, and if so takes the turn.
+func (p *Pool) mayRecycle(now time.Time) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.mayRecycleLocked(now)
+}
+
+func (p *Pool) mayRecycleLocked(now time.Time) bool {
+	if now.Sub(p.recycledAt) < p.recycleGap() {
+		return false
+	}
+	p.recycledAt = now
+	return true
+}
+
+// recycleOne replaces one idle connection that is at the end of its life.
 func (p *Pool) recycleOne(now time.Time) {
 	p.mu.Lock()
 	for i, m := range p.idle {
-		if m.expired(now) {
+		if m.expired(now) && p.mayRecycleLocked(now) {
 			p.setAside(i)
 			p.mu.Unlock()
 			p.dispose(m, closedRecycled)
@@ -132,8 +154,9 @@ func (v Validation) MarshalJSON() ([]byte, error) {
 }
 
 // Validate asks each idle connection for an answer, the longest idle first and
-// one at a time, so that all others stay within reach; it closes those that
-// don't answer within Config.PingTimeout, and opens new ones up to Config.Size.
+// one at a time, so that all others stay within reach; once one is silent for
+// Config.PingTimeout, all suspects at once. It closes those that don't answer, and
+// opens new ones up to Config.Size.
 // A server that is away is no error, but counted in the result; the error is
 // ctx's, or [ErrClosed].
 func (p *Pool) Validate(ctx context.Context) (Validation, error) {
@@ -156,7 +179,7 @@ func (p *Pool) Validate(ctx context.Context) (Validation, error) {
 			break
 		}
 		v.Checked++
-		if m.expired(time.Now()) {
+		if now := time.Now(); m.expired(now) && p.mayRecycle(now) {
 			replace++
 			p.dispose(m, closedRecycled)
 			continue
@@ -169,7 +192,14 @@ func (p *Pool) Validate(ctx context.Context) (Validation, error) {
 		replace++
 		p.dispose(m, closedBroken)
 		if h == silent {
-			replace += p.ask(p.setSuspectsAside())
+			suspects := p.setSuspectsAside()
+			for _, m := range suspects {
+				if m.validated < run {
+					m.validated = run
+					v.Checked++
+				}
+			}
+			replace += p.ask(suspects)
 		}
 	}
 	opened, err := p.refill(ctx, p.cfg.Size)

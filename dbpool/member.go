@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgproto3"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
@@ -30,7 +29,7 @@ type member struct {
 	// proven is the number of deaths the pool had seen when the connection was
 	// last known to live, at provenAt: a later death makes it a suspect.
 	proven    uint64
-	provenAt  time.Time
+	provenAt  time.Time // a sign of life: an answer, or the end of connecting
 	recycleAt time.Time // zero: never
 	fresh     bool      // it was not lent yet
 	idleSince time.Time
@@ -40,6 +39,7 @@ type member struct {
 	lent     time.Time
 	borrower *Borrower
 	stack    [stackDepth]uintptr
+	depth    int  // of stack
 	reported bool // guarded by the pool's lock
 	queries  int
 	tx       pgx.Tx // the last that was begun
@@ -92,6 +92,12 @@ func (m *member) isReadOnly() bool {
 	return pg.ParameterStatus("in_hot_standby") == "on" || pg.ParameterStatus("default_transaction_read_only") == "on"
 }
 
+// tellsReadOnly reports whether isReadOnly can be relied on: servers before
+// Postgres 14, and some poolers, don't say.
+func (m *member) tellsReadOnly() bool {
+	return m.conn.PgConn().ParameterStatus("in_hot_standby") != ""
+}
+
 // leftBehind reports whether the connection takes no writes although others of
 // the pool did: a failover has left it behind. One that was just opened so is
 // lent once, since there may be no better one.
@@ -102,10 +108,6 @@ func (m *member) leftBehind() bool {
 func (m *member) expired(now time.Time) bool {
 	return !m.recycleAt.IsZero() && now.After(m.recycleAt)
 }
-
-// pingIdle is how long a connection may have shown no life before a quiet socket
-// is no longer proof enough: something between here and there may have forgotten it.
-const pingIdle = 30 * time.Second
 
 // health is what a check finds.
 type health int
@@ -119,12 +121,12 @@ const (
 // looksAlive reports whether a look at the socket is enough to lend the
 // connection.
 func (m *member) looksAlive(now time.Time) bool {
-	return m.proven == m.pool.deaths.Load() && now.Sub(m.provenAt) < pingIdle && !m.leftBehind() && m.peek() == peekQuiet
+	return m.proven == m.pool.deaths.Load() && now.Sub(m.provenAt) < m.pool.cfg.PingIdle && !m.leftBehind() && m.peek() == peekQuiet
 }
 
 func (m *member) peek() peeked {
-	if m.raw == nil {
-		return peekUnsure
+	if m.raw == nil || m.conn.PgConn().Frontend().ReadBufferLen() > 0 {
+		return peekUnsure // it can't be looked at, or pgx has read ahead
 	}
 	if err := m.raw.Control(m.look); err != nil {
 		return peekDead
@@ -156,40 +158,51 @@ func (m *member) ping() health {
 	return alive
 }
 
-// usable reports whether the connection is in a state to be lent again.
+// usable reports whether the connection, which is open, is in a state to be lent
+// again: no rows and no transaction were left open.
 func (m *member) usable() bool {
 	pg := m.conn.PgConn()
-	return !m.broken && !pg.IsClosed() && !pg.IsBusy() && pg.TxStatus() == 'I' && !m.leftBehind()
+	return !pg.IsBusy() && pg.TxStatus() == 'I' && !m.leftBehind()
 }
 
 // closeBound is how long closing a connection may take that is not known to be
 // broken.
 const closeBound = time.Second
 
-// close closes the connection. A broken one has its socket closed first, so that
-// nothing waits for a server that doesn't answer. Of others the server's end is
-// awaited, so that a successor doesn't make one too many there: pgx asks it to
-// cancel the statement of one that it has closed itself.
-func (m *member) close(reason closedFor) {
+// terminate is Postgres' message that the client leaves.
+var terminate = []byte{'X', 0, 0, 0, 4}
+
+// close closes the connection. A broken one has its socket closed at once, so
+// that nothing waits for a server that doesn't answer. Of others the server's end
+// is awaited, so that a successor doesn't make one too many there.
+func (m *member) close(broken bool) {
 	// Out of pgxpool before it is closed: its own closing may take 15 s, and
 	// holds the place of the connection's successor.
 	m.px.Hijack()
+	ctx, cancel := context.WithTimeout(context.Background(), closeBound)
+	defer cancel()
 	pg := m.conn.PgConn()
+	busy := pg.IsBusy()
 	switch {
-	case reason == closedCancelled:
+	case broken:
+	case pg.IsClosed():
+		// pgx has closed it amid a statement, which it now asks the server to
+		// cancel.
 		select {
 		case <-pg.CleanupDone():
-		case <-time.After(closeBound):
+		case <-ctx.Done():
 		}
-	case reason != closedBroken && !pg.IsClosed():
+	default:
+		if busy {
+			_ = pg.CancelRequest(ctx)
+		}
 		_ = m.net.SetDeadline(time.Now().Add(closeBound))
-		pg.Frontend().Send(&pgproto3.Terminate{})
-		if pg.Frontend().Flush() == nil {
+		if _, err := m.net.Write(terminate); err == nil {
 			_, _ = io.Copy(io.Discard, m.net)
 		}
 	}
 	_ = m.net.Close()
-	ctx, cancel := context.WithTimeout(context.Background(), closeBound)
-	defer cancel()
-	_ = m.conn.Close(ctx)
+	if !busy { // or it may still be in the hands of a goroutine that its job has forgotten
+		_ = m.conn.Close(ctx)
+	}
 }

@@ -25,6 +25,8 @@ type model struct {
 	direct *pgx.Conn // to the server, not through the proxy
 	limit  int       // size and overflow
 	held   []*loan
+	// readOnly are the backends that a failover has left behind.
+	readOnly map[uint32]bool
 }
 
 type loan struct {
@@ -53,6 +55,7 @@ func TestPool_KeepsItsPromisesThroughAnyHistory(t *testing.T) {
 			"reset all":         m.resetAll,
 			"outage":            m.outage,
 			"black hole":        m.blackHole,
+			"failover":          m.failover,
 			"validate":          m.validate,
 			"queue up":          m.queueUp,
 			"give up in a line": m.giveUp,
@@ -65,7 +68,7 @@ func newModel(t *testing.T, rt *rapid.T, databaseURL string) *model {
 	if err != nil {
 		rt.Fatal(err)
 	}
-	m := &model{proxy: testservers.NewProxy(t, u.Host)}
+	m := &model{proxy: testservers.NewProxy(t, u.Host), readOnly: map[uint32]bool{}}
 	if m.direct, err = pgx.Connect(context.Background(), databaseURL); err != nil {
 		rt.Fatal(err)
 	}
@@ -153,6 +156,9 @@ func (m *model) acquire(rt *rapid.T) {
 		if other.pid == l.pid && !other.broken {
 			rt.Fatalf("backend %d is lent twice", l.pid)
 		}
+	}
+	if m.readOnly[l.pid] {
+		rt.Fatalf("backend %d was left behind by a failover, and is lent", l.pid)
 	}
 	m.held = append(m.held, l)
 	if _, err := c.Exec(ctx, "SELECT 1"); err != nil {
@@ -288,6 +294,18 @@ func (m *model) blackHole(rt *rapid.T) {
 	m.breakAll()
 	m.proxy.Reset()
 	m.proxy.Heal()
+}
+
+// failover leaves a connection behind: it answers, but takes no writes any more.
+func (m *model) failover(rt *rapid.T) {
+	_, l := m.pick(rt)
+	if l.broken {
+		rt.Skip("broken already")
+	}
+	if _, err := l.conn.Exec(l.ctx, "SET default_transaction_read_only = on"); err != nil {
+		rt.Fatal(err)
+	}
+	m.readOnly[l.pid] = true
 }
 
 // validate refills the pool, at the second time at the latest: at the first a

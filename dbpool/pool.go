@@ -49,8 +49,9 @@ type Pool struct {
 	aside       int       // connections being validated or closed
 	waiters     list.List // of *waiter, the first come first
 	validations uint64
-	connectErr  error // of the last attempt, nil if it succeeded
-	holdOff     bool  // after it failed, while others may be given back
+	recycledAt  time.Time // when a connection was last closed for its age
+	connectErr  error     // of the last attempt, nil if it succeeded
+	holdOff     bool      // after it failed, while others may be given back
 	closed      bool
 	counts      Counts
 }
@@ -151,11 +152,9 @@ func (a *acquirer) run() (*member, error) {
 		case p.ctx.Err() != nil:
 			p.discard(m, closedOthers)
 			return nil, ErrClosed
-		case m.expired(a.now) && !recycled:
-			// One for each caller at the most, so that they don't empty the pool
-			// at once.
-			recycled = true
-			p.discard(m, closedRecycled)
+		case m.expired(a.now) && !recycled && p.mayRecycle(a.now):
+			recycled = true // one for each caller, or a very short life would have no end
+			p.discardSoon(m, closedRecycled)
 			continue
 		case !p.cfg.PrePing || m.looksAlive(a.now):
 			return m, nil
@@ -268,7 +267,7 @@ func (a *acquirer) take() (*member, error) {
 	}
 	if reason == nil {
 		p.counts.TimedOut++
-		reason = p.timeoutError()
+		reason = p.timeoutError(a.borrower)
 	}
 	p.waiters.Remove(place)
 	return nil, reason
@@ -329,8 +328,7 @@ func (p *Pool) takeOut(m *member, b *Borrower, now time.Time) {
 func (p *Pool) lend(m *member, c *Conn, wait time.Duration, waited bool) {
 	m.queries, m.broken, m.wasShut, m.tx = 0, false, false, nil
 	if p.cfg.LeakAfter > 0 {
-		clear(m.stack[:])
-		runtime.Callers(3, m.stack[:])
+		m.depth = runtime.Callers(3, m.stack[:])
 	}
 	c.member, c.loan = m, p.loans.Add(1)
 	m.loan.Store(c.loan)
@@ -343,25 +341,23 @@ func (p *Pool) lend(m *member, c *Conn, wait time.Duration, waited bool) {
 	}
 }
 
-// giveBack ends a loan. A connection that can't be lent again is closed, and
-// counted under the reason given.
+// giveBack ends a loan. A connection that lives, but can't be lent again, is
+// closed for the reason given.
 func (p *Pool) giveBack(m *member, reason closedFor) {
-	usable := m.usable()
 	now := time.Now()
 	if b := m.borrower; b != nil {
 		b.gave(m, now.Sub(m.lent))
 	}
 	m.fresh = false
 	switch {
-	case !usable && reason == closedBroken && m.conn.IsClosed() && !m.broken:
-		// Its caller's context ended amid a statement, and pgx has closed it.
-		p.discardSoon(m, closedCancelled)
-	case !usable:
-		p.discard(m, reason)
-	case m.expired(now):
+	case m.broken:
+		p.discard(m, closedBroken)
+	case m.conn.IsClosed() || !m.usable():
+		p.discardSoon(m, reason)
+	case m.expired(now) && p.mayRecycle(now):
 		p.discardSoon(m, closedRecycled)
 	default:
-		m.idleSince, m.provenAt = now, now
+		m.idleSince = now
 		p.putBack(m)
 	}
 }
@@ -422,12 +418,12 @@ func (p *Pool) nextWaiter() *waiter {
 type closedFor int
 
 const (
-	closedOthers    closedFor = iota // the pool is closed
-	closedBroken                     // it is dead, or in a bad state
-	closedCancelled                  // pgx has closed it, since a statement was cancelled
-	closedRecycled                   // its life is over
-	closedOverflow                   // it is idle and beyond the size
-	closedLeaked                     // it was not given back, and was left in a bad state
+	closedOthers   closedFor = iota // the pool is closed
+	closedBroken                    // it is dead
+	closedUnfit                     // it was given back in a bad state
+	closedRecycled                  // its life is over
+	closedOverflow                  // it is idle and beyond the size
+	closedLeaked                    // it was not given back, and was left in a bad state
 )
 
 // discard closes a connection that is out.
@@ -452,12 +448,12 @@ func (p *Pool) setOutAside(m *member) {
 // dispose closes a connection that is aside, and lets another one have its
 // place.
 func (p *Pool) dispose(m *member, reason closedFor) {
-	m.close(reason)
+	m.close(reason == closedBroken)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.aside--
 	switch reason {
-	case closedBroken, closedCancelled:
+	case closedBroken, closedUnfit:
 		p.counts.ClosedBroken++
 	case closedRecycled:
 		p.counts.ClosedRecycled++

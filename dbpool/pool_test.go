@@ -216,6 +216,23 @@ func TestPool_TimeoutNamesTheLimitsAndTheHolders(t *testing.T) {
 	}
 }
 
+func TestPool_TimeoutOfWhoHoldsAConnectionSaysSo(t *testing.T) {
+	t.Parallel()
+	p := open(t, func(c *dbpool.Config) { c.Size, c.MaxOverflow, c.Timeout = 1, 0, time.Second })
+	ctx, b := p.Track(t.Context(), "csv:import 17")
+	defer b.End()
+	tx, err := p.Begin(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = tx.Rollback(ctx) }()
+	_, err = p.Exec(ctx, "SELECT 1") // not by way of tx
+	e, ok := errors.AsType[*dbpool.TimeoutError](err)
+	if !ok || e.Own != 1 || !strings.Contains(err.Error(), "acquire one connection at a time") {
+		t.Errorf("error %v", err)
+	}
+}
+
 func TestPool_CallerThatGivesUpLeavesItsPlaceToTheNext(t *testing.T) {
 	t.Parallel()
 	p := open(t, func(c *dbpool.Config) { c.Size, c.MaxOverflow = 1, 0 })
@@ -331,8 +348,8 @@ func TestPool_HalfOpenConnectionsCostOnePingForAllOfThem(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if v.Checked != 1 || v.Errors != 1 {
-		t.Errorf("%+v, want one asked, and one error from opening a new one", v)
+	if v.Checked != 3 || v.Errors != 1 {
+		t.Errorf("%+v, want all asked, and one error from opening a new one", v)
 	}
 	proxy.Heal()
 	if _, err := p.Exec(t.Context(), "SELECT 1"); err != nil {
@@ -340,6 +357,79 @@ func TestPool_HalfOpenConnectionsCostOnePingForAllOfThem(t *testing.T) {
 	}
 	if s := p.Stats(); s.Counts.ClosedBroken != 3 {
 		t.Errorf("afterwards the pool stands so: %+v", s)
+	}
+}
+
+// losePing runs a statement for which the connection's check gets lost on the way,
+// and what comes after it does not.
+func losePing(t *testing.T, p *dbpool.Pool, proxy *testservers.Proxy) {
+	t.Helper()
+	proxy.Blackhole()
+	done := make(chan error, 1)
+	go func() { _, err := p.Exec(t.Context(), "SELECT 1"); done <- err }()
+	eventually(t, "a connection is checked", func() bool { return p.Stats().CheckedOut == 1 })
+	time.Sleep(20 * time.Millisecond) // for the ping to be sent; it is waited for much longer
+	proxy.Heal()
+	if err := <-done; err != nil {
+		t.Errorf("whose connection's check got lost: %v", err)
+	}
+}
+
+func TestPool_HalfOpenConnectionsAreNotLentAfterARest(t *testing.T) {
+	t.Parallel()
+	p, proxy := proxied(t, func(c *dbpool.Config) {
+		c.PingIdle, c.PingTimeout = 10*time.Millisecond, 500*time.Millisecond
+	})
+	fill(t, p, 10)
+	time.Sleep(20 * time.Millisecond) // longer than PingIdle
+	losePing(t, p, proxy)
+}
+
+func TestPool_ConnectionHeldWithoutAStatementCountsAsIdle(t *testing.T) {
+	t.Parallel()
+	p, proxy := proxied(t, func(c *dbpool.Config) {
+		c.Size, c.MaxOverflow = 1, 0
+		c.PingIdle, c.PingTimeout = 10*time.Millisecond, 500*time.Millisecond
+	})
+	c := acquire(t, p)
+	time.Sleep(20 * time.Millisecond) // as a job that calls somebody over the network
+	c.Release()
+	losePing(t, p, proxy)
+}
+
+func TestPool_ConnectionGivenBackInABadStateIsReplaced(t *testing.T) {
+	t.Parallel()
+	p := open(t, func(c *dbpool.Config) { c.Size, c.MaxOverflow = 1, 0 })
+	for state, leave := range map[string]func(*dbpool.Conn) error{
+		"an open transaction": func(c *dbpool.Conn) error { _, err := c.Begin(t.Context()); return err },
+		"open rows": func(c *dbpool.Conn) error {
+			_, err := c.Query(t.Context(), "SELECT generate_series(1, 100000)")
+			return err
+		},
+		"an open row": func(c *dbpool.Conn) error { c.QueryRow(t.Context(), "SELECT 1"); return nil },
+		"an open batch": func(c *dbpool.Conn) error {
+			b := &pgx.Batch{}
+			b.Queue("SELECT 1")
+			c.SendBatch(t.Context(), b)
+			return nil
+		},
+	} {
+		c := acquire(t, p)
+		before := pid(c)
+		if err := leave(c); err != nil {
+			t.Fatal(err)
+		}
+		c.Release()
+		c = acquire(t, p)
+		if pid(c) == before {
+			t.Errorf("a connection with %s was lent again", state)
+		}
+		// The first is gone from the server before the second comes.
+		var n int
+		if err := c.QueryRow(t.Context(), "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()").Scan(&n); err != nil || n != 1 {
+			t.Errorf("after %s: %d connections at the server, %v", state, n, err)
+		}
+		c.Release()
 	}
 }
 
@@ -492,6 +582,45 @@ func TestPool_EchoShowsStatementsWithoutTheirArguments(t *testing.T) {
 		t.Errorf("echo: %s", got)
 	}
 }
+
+func TestPool_NewConnectionsArePreparedAndTraced(t *testing.T) {
+	t.Parallel()
+	var traced sqlTracer
+	p := open(t, func(c *dbpool.Config) {
+		c.Tracer = &traced
+		c.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error {
+			_, err := conn.Exec(ctx, "SET application_name = 'prepared'")
+			return err
+		}
+	})
+	ctx, b := p.Track(t.Context(), "job")
+	var name string
+	if err := p.QueryRow(ctx, "SHOW application_name").Scan(&name); err != nil || name != "prepared" {
+		t.Errorf("application_name is %q, %v", name, err)
+	}
+	if u := b.End(); u.Queries != 1 {
+		t.Errorf("what AfterConnect did is charged to the job: %+v", u)
+	}
+	if got, want := traced.String(), "SET application_name = 'prepared'\nSHOW application_name\n"; got != want {
+		t.Errorf("traced: %q, want %q", got, want)
+	}
+
+	refused := errors.New("refused")
+	p = open(t, func(c *dbpool.Config) { c.AfterConnect = func(context.Context, *pgx.Conn) error { return refused } })
+	if _, err := p.Acquire(t.Context()); !errors.Is(err, refused) {
+		t.Errorf("error %v", err)
+	}
+}
+
+// sqlTracer notes the statements it sees.
+type sqlTracer struct{ syncBuffer }
+
+func (s *sqlTracer) TraceQueryStart(ctx context.Context, _ *pgx.Conn, data pgx.TraceQueryStartData) context.Context {
+	_, _ = s.Write([]byte(data.SQL + "\n"))
+	return ctx
+}
+
+func (s *sqlTracer) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
 
 func TestOpen_NamesEveryFaultAndNoPassword(t *testing.T) {
 	t.Parallel()

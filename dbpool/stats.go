@@ -80,6 +80,10 @@ type TimeoutError struct {
 	Waiting int
 	// Holders are those who hold connections, the longest first.
 	Holders []Holder
+	// Own is how many connections the caller's own borrower holds, see
+	// [Pool.Track]: callers that hold one and wait for another can wait for each
+	// other.
+	Own int
 	// ConnectErr is what the last attempt to open a connection failed with, nil
 	// if it succeeded.
 	ConnectErr error
@@ -120,6 +124,9 @@ func (e *TimeoutError) Error() string {
 		}
 		fmt.Fprintf(&b, "%s for %s", name, h.For.Round(time.Millisecond))
 	}
+	if e.Own > 0 {
+		fmt.Fprintf(&b, "; who waits holds %d of them: acquire one connection at a time", e.Own)
+	}
 	if e.ConnectErr != nil {
 		fmt.Fprintf(&b, "; the last attempt to connect failed: %v", e.ConnectErr)
 	}
@@ -129,8 +136,9 @@ func (e *TimeoutError) Error() string {
 // Unwrap returns ConnectErr.
 func (e *TimeoutError) Unwrap() error { return e.ConnectErr }
 
-// timeoutError is made while the caller still waits. The caller holds the lock.
-func (p *Pool) timeoutError() *TimeoutError {
+// timeoutError is made while the caller, who may be a borrower, still waits. The
+// caller holds the lock.
+func (p *Pool) timeoutError(b *Borrower) *TimeoutError {
 	e := &TimeoutError{
 		Timeout: p.cfg.Timeout, Size: p.cfg.Size, MaxOverflow: p.cfg.MaxOverflow,
 		CheckedOut: len(p.out), Waiting: p.waiters.Len(), ConnectErr: p.connectErr,
@@ -138,6 +146,9 @@ func (p *Pool) timeoutError() *TimeoutError {
 	now := time.Now()
 	for m := range p.out {
 		e.Holders = append(e.Holders, Holder{m.borrower.String(), now.Sub(m.lent)})
+		if b != nil && m.borrower == b {
+			e.Own++
+		}
 	}
 	slices.SortFunc(e.Holders, func(a, b Holder) int { return cmp.Compare(b.For, a.For) })
 	return e
@@ -147,7 +158,7 @@ func (p *Pool) timeoutError() *TimeoutError {
 // pool's lock.
 func (m *member) holder(now time.Time) []any {
 	var stack strings.Builder
-	frames := runtime.CallersFrames(m.stack[:])
+	frames := runtime.CallersFrames(m.stack[:m.depth])
 	for {
 		f, more := frames.Next()
 		if f.Function != "" {

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"strings"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -31,13 +32,17 @@ func (t tracer) began(ctx context.Context, conn *pgx.Conn, sql string) {
 
 func (t tracer) ended(ctx context.Context, conn *pgx.Conn, err error) {
 	m := memberOf(conn)
-	if err == nil || m == nil || m.wasShut {
-		return
+	if m == nil || m.conn == nil || m.wasShut {
+		return // it is not the pool's yet, or not any more
 	}
 	switch {
+	case err == nil:
+		m.provenAt = time.Now()
 	case isDeath(err), isReadOnly(err) && m.leftBehind(), conn.IsClosed() && ctx.Err() == nil && isSocketError(err):
 		m.broken = true
 		t.pool.died()
+	case isReadOnly(err) && !m.tellsReadOnly():
+		m.broken = true // perhaps it alone: it can't tell
 	case conn.IsClosed():
 		// Its caller waited for an answer in vain. That may be the statement's
 		// fault, or the network's: then the others would be waited for as long.
