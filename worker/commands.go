@@ -41,8 +41,8 @@ type enqueueCmd struct {
 // been read.
 const retentionForWait = 5 * time.Minute
 
-func (e *enqueueCmd) Run() error {
-	payload, err := e.payload(os.Stdin)
+func (e *enqueueCmd) Run(kinds kindsOf) error {
+	payload, err := e.payload(kinds(tasks.Config{}), os.Stdin)
 	if err != nil {
 		return err
 	}
@@ -83,7 +83,7 @@ func (e *enqueueCmd) Run() error {
 	return nil
 }
 
-func (e *enqueueCmd) payload(stdin io.Reader) (tasks.Payload, error) {
+func (e *enqueueCmd) payload(set *tasks.Set, stdin io.Reader) (tasks.Payload, error) {
 	data := []byte(e.Payload)
 	if e.Payload == "-" {
 		var err error
@@ -91,7 +91,7 @@ func (e *enqueueCmd) payload(stdin io.Reader) (tasks.Payload, error) {
 			return nil, fmt.Errorf("read the payload from standard input: %w", err)
 		}
 	}
-	task, err := tasks.Builtin(tasks.Config{}).Lookup(e.Kind)
+	task, err := set.Lookup(e.Kind)
 	if err != nil {
 		return nil, configError(strings.Replace(err.Error(), "this worker knows", "this program knows", 1))
 	}
@@ -150,8 +150,8 @@ func showProgress(state asynq.TaskState, result []byte) {
 
 type kindsCmd struct{}
 
-func (kindsCmd) Run() error {
-	set := tasks.Builtin(tasks.Config{})
+func (kindsCmd) Run(kinds kindsOf) error {
+	set := kinds(tasks.Config{})
 	for i, kind := range set.Kinds() {
 		task, err := set.Lookup(kind)
 		if err != nil {

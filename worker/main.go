@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"github.com/alecthomas/kong"
+
+	"github.com/carpool-go/carpool/tasks"
 )
 
 const (
@@ -25,9 +27,17 @@ type cli struct {
 	Version versionCmd `cmd:"" help:"Show the version."`
 }
 
-func main() {
+func main() { os.Exit(program(os.Args[1:], tasks.Builtin)) }
+
+// kindsOf makes the set of kinds that a program knows.
+type kindsOf func(tasks.Config) *tasks.Set
+
+// program is the command line with the kinds it works with; it returns the exit
+// code.
+func program(args []string, kinds kindsOf) int {
 	unsetEmpty()
 	parser, err := kong.New(new(cli),
+		kong.Bind(kinds),
 		kong.Name("worker"),
 		kong.Description("Background jobs from Redis, run on one shared pool of Postgres connections.\n\n"+
 			"Every setting is a variable of the environment, and a flag of the same name that wins over it. "+
@@ -38,20 +48,21 @@ func main() {
 	if err != nil {
 		panic(err) // the declarations above are wrong
 	}
-	ctx, err := parser.Parse(os.Args[1:])
+	ctx, err := parser.Parse(args)
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "worker: %v\nTry: worker --help\n", err)
-		os.Exit(exitUsage)
+		return exitUsage
 	}
 	if err := ctx.Run(); err != nil {
 		if !errors.Is(err, errLogged) {
 			fmt.Fprintf(os.Stderr, "worker: %v\n", err)
 		}
 		if _, wrong := errors.AsType[configError](err); wrong {
-			os.Exit(exitUsage)
+			return exitUsage
 		}
-		os.Exit(exitFailed)
+		return exitFailed
 	}
+	return 0
 }
 
 // unsetEmpty makes a variable that is set to nothing count as not set, as a

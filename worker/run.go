@@ -40,7 +40,7 @@ type runCmd struct {
 }
 
 // Run is `worker run`: it owns the process from its configuration to its exit.
-func (r *runCmd) Run() error {
+func (r *runCmd) Run(kinds kindsOf) error {
 	cfg, err := r.config()
 	if err != nil {
 		return err
@@ -51,7 +51,7 @@ func (r *runCmd) Run() error {
 
 	ctx, cancel := untilSignal(log, cfg.shutdownTimeout+endingGrace+stopGrace)
 	defer cancel()
-	err = r.work(ctx, cfg, log)
+	err = r.work(ctx, cfg, kinds(cfg.tasks), log)
 	switch {
 	case err == nil:
 		return nil
@@ -94,7 +94,7 @@ func untilSignal(log *slog.Logger, limit time.Duration) (context.Context, contex
 	return ctx, cancel
 }
 
-func (r *runCmd) work(ctx context.Context, cfg config, log *slog.Logger) error {
+func (r *runCmd) work(ctx context.Context, cfg config, set *tasks.Set, log *slog.Logger) error {
 	rdb, err := tasks.OpenRedis(cfg.redisURL)
 	if err != nil {
 		return err
@@ -122,7 +122,7 @@ func (r *runCmd) work(ctx context.Context, cfg config, log *slog.Logger) error {
 	inspector := asynq.NewInspectorFromRedisClient(rdb)
 	ending, end := context.WithCancelCause(context.Background())
 	defer end(nil)
-	f := &frame{tasks: tasks.Builtin(cfg.tasks), client: client, db: db, log: log, ending: ending}
+	f := &frame{tasks: set, client: client, db: db, log: log, ending: ending}
 	servers, err := startServers(rdb, cfg, f, queue, end, log)
 	if err != nil {
 		return err
