@@ -26,6 +26,9 @@ type Usage struct {
 	Wait, Held time.Duration
 	// Leaked counts the connections that [Borrower.End] had to take back.
 	Leaked int
+	// Died counts the connections that broke, or that their server gave up, while
+	// they were lent.
+	Died int
 }
 
 type borrowerKey struct{}
@@ -70,6 +73,15 @@ func (b *Borrower) gave(m *member, held time.Duration) {
 	delete(b.holds, m)
 	b.usage.Held += held
 	b.usage.Queries += m.queries
+}
+
+func (b *Borrower) lost() {
+	if b == nil {
+		return
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.usage.Died++
 }
 
 // rollBack ends the open transaction. A pgx.Tx that is still around then says

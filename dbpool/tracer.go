@@ -39,14 +39,22 @@ func (t tracer) ended(ctx context.Context, conn *pgx.Conn, err error) {
 	case err == nil:
 		m.provenAt = time.Now()
 	case isDeath(err), isReadOnly(err) && m.leftBehind(), conn.IsClosed() && ctx.Err() == nil && isSocketError(err):
-		m.broken = true
+		m.breaks()
 		t.pool.died()
 	case isReadOnly(err) && !m.tellsReadOnly():
-		m.broken = true // perhaps it alone: it can't tell
+		m.breaks() // perhaps it alone: it can't tell
 	case conn.IsClosed():
 		// Its caller waited for an answer in vain. That may be the statement's
 		// fault, or the network's: then the others would be waited for as long.
 		t.pool.died()
+	}
+}
+
+// breaks marks a lent connection as one that is of no more use.
+func (m *member) breaks() {
+	if !m.broken {
+		m.broken = true
+		m.borrower.lost()
 	}
 }
 

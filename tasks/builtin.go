@@ -18,7 +18,7 @@ type Config struct {
 // here, with one line.
 func Builtin(cfg Config) *Set {
 	s := new(Set)
-	Register(s, CSVImporter{ImportDir: cfg.ImportDir, Outbound: cfg.Outbound}.Handle)
+	RegisterOnce(s, CSVImporter{ImportDir: cfg.ImportDir, Outbound: cfg.Outbound}.Handle)
 	Register(s, WebhookDeliverer{Secret: cfg.WebhookSecret, Outbound: cfg.Outbound}.Handle)
 	Register(s, HandleRowsPrune)
 	Register(s, HandlePoolValidate)

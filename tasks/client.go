@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -30,6 +31,12 @@ func NewClient(rdb redis.UniversalClient) *Client {
 // EnqueueOptions override a kind's [Options] for one job. The zero value
 // overrides nothing.
 type EnqueueOptions struct {
+	// ID is the job's id, if its enqueuer wants to choose it; "" means a new UUID
+	// of version 7. Enqueueing an id that the queue has already does nothing and
+	// is no error, so a call that got no answer may be repeated. Ids of jobs that
+	// have ended, and are not retained, are forgotten: only a transactional task
+	// (see [RegisterTx]) is safe against an id that comes again later.
+	ID string
 	// Queue, MaxRetry, Timeout and Retention as in [Options]; zero means the
 	// kind's own.
 	Queue     string
@@ -47,7 +54,7 @@ type EnqueueOptions struct {
 // Enqueue validates the payload and puts a job that carries it on its queue; a
 // nil opts overrides nothing. When it returns without an error, Redis has the
 // job. When it fails because Redis did not answer, the job may have been
-// enqueued or not; a UniqueKey makes it safe to try again.
+// enqueued or not; an ID of one's own makes it safe to try again.
 //
 // The errors: a [PayloadError] for a payload that is not valid, a
 // [DuplicateError], or what Redis said.
@@ -77,40 +84,75 @@ func (c *Client) Enqueue(ctx context.Context, p Payload, opts *EnqueueOptions) (
 	}
 	o = o.withDefaults()
 
-	id, err := uuid.NewV7() // in the order of time, which an index on it likes
-	if err != nil {
-		return nil, fmt.Errorf("tasks: enqueue %s: %w", p.Kind(), err)
+	id := opts.ID
+	if id == "" {
+		v7, err := uuid.NewV7() // in the order of time, which an index on it likes
+		if err != nil {
+			return nil, fmt.Errorf("tasks: enqueue %s: %w", p.Kind(), err)
+		}
+		id = v7.String()
+	} else if !validID.MatchString(id) {
+		return nil, fmt.Errorf("tasks: enqueue %s: the id must be 1 to 200 letters, digits or _ . : / @ + -", p.Kind())
 	}
 	asynqOpts := []asynq.Option{
-		asynq.TaskID(id.String()), asynq.Queue(o.Queue), asynq.MaxRetry(o.MaxRetry),
+		asynq.TaskID(id), asynq.Queue(o.Queue), asynq.MaxRetry(o.MaxRetry + spareRetry),
 		asynq.Timeout(o.Timeout + TimeoutGrace), asynq.Retention(o.Retention),
 	}
 	if opts.RunAt.After(time.Now()) {
 		asynqOpts = append(asynqOpts, asynq.ProcessAt(opts.RunAt))
 	}
-	if opts.UniqueKey == "" {
-		info, err := c.asynq.EnqueueContext(ctx, asynq.NewTask(p.Kind(), data), asynqOpts...)
-		if err != nil {
-			return nil, fmt.Errorf("tasks: enqueue %s: %w", p.Kind(), err)
+	headers := map[string]string{maxRetryHeader: strconv.Itoa(o.MaxRetry)}
+	if opts.UniqueKey != "" {
+		lock := uniqueLock{
+			key: uniqueLockKey(p.Kind(), opts.UniqueKey),
+			id:  id, queue: o.Queue, since: time.Now(),
 		}
-		return info, nil
+		if err := c.takeUnique(ctx, lock, opts); err != nil {
+			return nil, err
+		}
+		headers[uniqueHeader] = lock.key
+		// If enqueueing fails, the job may be there all the same, when only the
+		// answer was lost. Then it holds its key; if not, the key is free again
+		// after uniqueGrace.
 	}
-
-	lock := uniqueLock{
-		key: uniqueLockKey(p.Kind(), opts.UniqueKey),
-		id:  id.String(), queue: o.Queue, since: time.Now(),
+	info, err := c.asynq.EnqueueContext(ctx, asynq.NewTaskWithHeaders(p.Kind(), data, headers), asynqOpts...)
+	if errors.Is(err, asynq.ErrTaskIDConflict) {
+		info, err = c.existing(p.Kind(), o.Queue, id)
 	}
-	if err := c.takeUnique(ctx, lock, opts); err != nil {
-		return nil, err
-	}
-	task := asynq.NewTaskWithHeaders(p.Kind(), data, map[string]string{uniqueHeader: lock.key})
-	info, err := c.asynq.EnqueueContext(ctx, task, asynqOpts...)
 	if err != nil {
-		// The job may be there all the same, if only the answer was lost. Then
-		// it holds its key; if not, the key is free again after uniqueGrace.
 		return nil, fmt.Errorf("tasks: enqueue %s: %w", p.Kind(), err)
 	}
+	info.MaxRetry = o.MaxRetry
 	return info, nil
+}
+
+// validID leaves out what has a meaning in Redis keys, and what can't be seen.
+var validID = regexp.MustCompile(`^[A-Za-z0-9_.:/@+-]{1,200}$`)
+
+// existing is the job that has the id already: an earlier call's, or this one's,
+// whose first answer was lost.
+func (c *Client) existing(kind, queue, id string) (*asynq.TaskInfo, error) {
+	info, err := c.inspector.GetTaskInfo(queue, id)
+	if errors.Is(err, asynq.ErrTaskNotFound) { // it has ended meanwhile
+		return &asynq.TaskInfo{ID: id, Queue: queue, Type: kind, State: asynq.TaskStateCompleted}, nil
+	}
+	return info, err
+}
+
+const (
+	// maxRetryHeader carries how many times a job is tried again at most.
+	maxRetryHeader = "carpool-max-retry"
+	// spareRetry is how much more asynq is told. asynq archives a job that fails
+	// on its last try whatever the reason; with one try to spare, whether a
+	// failure counts is the worker's to say.
+	spareRetry = 1
+)
+
+// MaxRetry returns how many times a job with these headers is tried again at
+// most; false for a job that was not enqueued by carpool.
+func MaxRetry(headers map[string]string) (int, bool) {
+	n, err := strconv.Atoi(headers[maxRetryHeader])
+	return n, err == nil && n >= 0
 }
 
 // uniqueHeader carries the key of a job's unique lock with the job.

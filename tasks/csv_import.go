@@ -132,8 +132,8 @@ type CSVImporter struct {
 // What is wrong with the content, and a source that can't be had, is permanent; a
 // server in trouble, a download that is cut short and a lost database are not.
 //
-// Run again, a replacement does no harm, but rows appended twice are there twice:
-// that a job's effect happens once is for the transaction of load to ensure.
+// The second pass is the transaction of [Once]: rows are appended once, however
+// often the job is delivered.
 func (i CSVImporter) Handle(ctx context.Context, job *Job, p CSVImport) (CSVImportResult, error) {
 	src, err := i.open(ctx, p.Source)
 	if err != nil {
@@ -148,11 +148,9 @@ func (i CSVImporter) Handle(ctx context.Context, job *Job, p CSVImport) (CSVImpo
 	if err != nil {
 		return CSVImportResult{}, fmt.Errorf("%s: %w", src.name, err)
 	}
-	var result CSVImportResult
-	err = pgx.BeginFunc(ctx, job.DB, func(tx pgx.Tx) (err error) {
+	result, err := Once(ctx, job, func(tx pgx.Tx) (CSVImportResult, error) {
 		load := csvLoad{src: src, sheet: sheet, table: p.Table, report: report}
-		result, err = load.run(ctx, tx, p.Mode)
-		return err
+		return load.run(ctx, tx, p.Mode)
 	})
 	if err != nil {
 		return CSVImportResult{}, fmt.Errorf("%s: %w", src.name, err)

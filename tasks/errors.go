@@ -57,6 +57,24 @@ type retryAfterError struct {
 func (e *retryAfterError) Error() string { return e.err.Error() }
 func (e *retryAfterError) Unwrap() error { return e.err }
 
+// Snooze is the error of a handler that wants to be run again after d, when
+// there is nothing to do yet. It uses up no try. The transaction of a [TxHandler]
+// is rolled back.
+func Snooze(d time.Duration) error { return &snoozeError{max(0, d)} }
+
+// SnoozeDelay returns the time that err, from [Snooze], or an error that wraps
+// it, asks for.
+func SnoozeDelay(err error) (time.Duration, bool) {
+	if e, ok := errors.AsType[*snoozeError](err); ok {
+		return e.delay, true
+	}
+	return 0, false
+}
+
+type snoozeError struct{ delay time.Duration }
+
+func (e *snoozeError) Error() string { return fmt.Sprintf("snoozed for %s", e.delay) }
+
 // PayloadError is a payload that its kind can't take. It is permanent.
 type PayloadError struct {
 	Kind string

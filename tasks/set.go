@@ -24,6 +24,9 @@ type Task struct {
 	Options Options
 	// Fields are the payload's, in the order of the struct.
 	Fields []Field
+	// Once tells that the kind's effects happen once, see [RegisterTx] and
+	// [RegisterOnce].
+	Once bool
 
 	decode func([]byte) (Payload, error)
 	run    func(context.Context, *Job, Payload) (any, error)
@@ -42,6 +45,13 @@ type Field struct {
 // Register adds the task of payload P and its handler to s. It panics on what
 // only a programmer can mend: a kind without a name, or one registered twice.
 func Register[P Payload, R any](s *Set, h Handler[P, R]) {
+	t := register[P](s)
+	t.run = func(ctx context.Context, job *Job, p Payload) (any, error) {
+		return h(ctx, job, p.(P))
+	}
+}
+
+func register[P Payload](s *Set) *Task {
 	var zero P
 	kind := zero.Kind()
 	if kind == "" || strings.TrimSpace(kind) != kind {
@@ -65,10 +75,8 @@ func Register[P Payload, R any](s *Set, h Handler[P, R]) {
 		}
 		return p, p.Validate()
 	}
-	t.run = func(ctx context.Context, job *Job, p Payload) (any, error) {
-		return h(ctx, job, p.(P))
-	}
 	s.byKind[kind] = t
+	return t
 }
 
 // Kinds returns the names of all kinds, sorted.
@@ -104,9 +112,16 @@ func (t *Task) Decode(data []byte) (Payload, error) {
 // Run calls the handler with a payload from [Task.Decode] and returns its
 // result as JSON, nil for a handler that returned a nil result.
 func (t *Task) Run(ctx context.Context, job *Job, p Payload) ([]byte, error) {
-	result, err := t.run(ctx, job, p)
+	job.isolation, job.recorded = t.Options.Isolation, false
+	return marshalResult(t.run(ctx, job, p))
+}
+
+func marshalResult(result any, err error) ([]byte, error) {
 	if err != nil || result == nil {
 		return nil, err
+	}
+	if raw, ok := result.(json.RawMessage); ok {
+		return raw, nil
 	}
 	data, err := json.Marshal(result)
 	if err != nil {

@@ -14,6 +14,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/jackc/pgx/v5"
+
 	"github.com/carpool-go/carpool/dbpool"
 )
 
@@ -66,6 +68,10 @@ type Options struct {
 	// Retention is how long a finished job stays in sight with its result, in
 	// whole seconds; 0 means not at all.
 	Retention time.Duration
+	// Isolation is that of the transaction of [RegisterTx] and [RegisterOnce]; ""
+	// means the database's default. A transaction that Postgres could not
+	// serialize is run again.
+	Isolation pgx.TxIsoLevel
 }
 
 func (o Options) withDefaults() Options {
@@ -104,6 +110,9 @@ type Job struct {
 	// WriteResult stores bytes as the job's result so far; nil discards them.
 	// Handlers call [Job.Progress] instead.
 	WriteResult func([]byte) error
+
+	isolation pgx.TxIsoLevel
+	recorded  bool // in carpool.jobs_done
 
 	mu       sync.Mutex
 	reported time.Time

@@ -16,6 +16,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/hibiken/asynq"
+	"github.com/jackc/pgx/v5"
 
 	"github.com/carpool-go/carpool/dbpool"
 	"github.com/carpool-go/carpool/internal/schema"
@@ -78,6 +79,27 @@ func Run[P tasks.Payload, R any](t testing.TB, k *Kit, handler tasks.Handler[P, 
 		result = r
 		return r, err
 	})
+	err := k.run(t, set, payload)
+	return result, err
+}
+
+// RunTx is [Run] for a transactional handler: its transaction is committed if it
+// returns no error.
+func RunTx[P tasks.Payload, R any](t testing.TB, k *Kit, handler tasks.TxHandler[P, R], payload P) (R, error) {
+	t.Helper()
+	var result R
+	set := new(tasks.Set)
+	tasks.RegisterTx(set, func(ctx context.Context, job *tasks.Job, tx pgx.Tx, p P) (R, error) {
+		r, err := handler(ctx, job, tx, p)
+		result = r
+		return r, err
+	})
+	err := k.run(t, set, payload)
+	return result, err
+}
+
+func (k *Kit) run(t testing.TB, set *tasks.Set, payload tasks.Payload) error {
+	t.Helper()
 	task, err := set.Lookup(payload.Kind())
 	if err != nil {
 		t.Fatal(err)
@@ -88,7 +110,7 @@ func Run[P tasks.Payload, R any](t testing.TB, k *Kit, handler tasks.Handler[P, 
 	}
 	decoded, err := task.Decode(data)
 	if err != nil {
-		return result, err
+		return err
 	}
 	job := &tasks.Job{
 		ID: uuid.NewString(), Kind: task.Kind, Queue: task.Options.Queue,
@@ -102,7 +124,7 @@ func Run[P tasks.Payload, R any](t testing.TB, k *Kit, handler tasks.Handler[P, 
 	if usage := borrower.End(); usage.Leaked > 0 {
 		t.Errorf("the handler of %s did not give back %d connections", task.Kind, usage.Leaked)
 	}
-	return result, err
+	return err
 }
 
 // RequireEnqueued fails the test unless exactly one job that has not run yet

@@ -1,0 +1,360 @@
+package tasks_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/url"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+
+	"github.com/carpool-go/carpool/dbpool"
+	"github.com/carpool-go/carpool/internal/testservers"
+	"github.com/carpool-go/carpool/tasks"
+	"github.com/carpool-go/carpool/tasks/taskstest"
+)
+
+// credit is a job that adds to an account.
+type credit struct {
+	Amount int `json:"amount"`
+}
+
+func (credit) Kind() string           { return "account:credit" }
+func (credit) Options() tasks.Options { return tasks.Options{} }
+func (credit) Validate() error        { return nil }
+
+// account is a database with an account, and a way to deliver jobs to a handler.
+type account struct {
+	*taskstest.Kit
+	task *tasks.Task
+}
+
+func openAccount(t *testing.T, register func(*tasks.Set)) *account {
+	t.Helper()
+	a := &account{Kit: taskstest.New(t)}
+	if _, err := a.DB.Exec(t.Context(), "CREATE TABLE account AS SELECT 0 AS balance"); err != nil {
+		t.Fatal(err)
+	}
+	var set tasks.Set
+	register(&set)
+	var err error
+	if a.task, err = set.Lookup("account:credit"); err != nil {
+		t.Fatal(err)
+	}
+	return a
+}
+
+// deliver runs the job once, as a worker that was given it would.
+func (a *account) deliver(ctx context.Context, db *dbpool.Pool, id string) (string, error) {
+	p, err := a.task.Decode([]byte(`{"amount": 5}`))
+	if err != nil {
+		return "", err
+	}
+	result, err := a.task.Run(ctx, &tasks.Job{
+		ID: id, Kind: a.task.Kind, Queue: "default", DB: db, Log: slog.New(slog.DiscardHandler),
+	}, p)
+	return string(result), err
+}
+
+func (a *account) balance(t *testing.T) (balance int) {
+	t.Helper()
+	if err := a.DB.QueryRow(t.Context(), "SELECT balance FROM account").Scan(&balance); err != nil {
+		t.Fatal(err)
+	}
+	return balance
+}
+
+func add(ctx context.Context, tx pgx.Tx, amount int) (balance int, err error) {
+	err = tx.QueryRow(ctx, "UPDATE account SET balance = balance + $1 RETURNING balance", amount).Scan(&balance)
+	return balance, err
+}
+
+func TestRegisterTx_SecondDeliveryHasTheFirstOnesResultAndDoesNothing(t *testing.T) {
+	t.Parallel()
+	ran := 0
+	a := openAccount(t, func(s *tasks.Set) {
+		tasks.RegisterTx(s, func(ctx context.Context, _ *tasks.Job, tx pgx.Tx, p credit) (int, error) {
+			ran++
+			return add(ctx, tx, p.Amount)
+		})
+	})
+	id := uuid.NewString()
+	for range 3 {
+		result, err := a.deliver(t.Context(), a.DB, id)
+		if result != "5" || err != nil {
+			t.Errorf("result %s, error %v; want 5", result, err)
+		}
+	}
+	if ran != 1 || a.balance(t) != 5 {
+		t.Errorf("the handler ran %d times, and the balance is %d", ran, a.balance(t))
+	}
+	if result, err := a.deliver(t.Context(), a.DB, uuid.NewString()); result != "10" || err != nil {
+		t.Errorf("another job: result %s, error %v; want 10", result, err)
+	}
+}
+
+func TestRegisterTx_FailureLeavesNeitherEffectsNorRecord(t *testing.T) {
+	t.Parallel()
+	for name, failure := range map[string]func(context.Context, pgx.Tx) error{
+		"an error": func(context.Context, pgx.Tx) error { return errors.New("no") },
+		"a failed statement that the handler passes over": func(ctx context.Context, tx pgx.Tx) error {
+			_, _ = tx.Exec(ctx, "SELECT 1/0")
+			return nil
+		},
+		"rows that are left open": func(ctx context.Context, tx pgx.Tx) error {
+			_, _ = tx.Query(ctx, "SELECT generate_series(1, 100000)")
+			return nil
+		},
+		"a deferred constraint": func(ctx context.Context, tx pgx.Tx) error {
+			_, err := tx.Exec(ctx, `CREATE TABLE twice (n int UNIQUE DEFERRABLE INITIALLY DEFERRED); INSERT INTO twice VALUES (1), (1)`)
+			return err
+		},
+		"a snooze": func(context.Context, pgx.Tx) error { return tasks.Snooze(time.Minute) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			fail := true
+			a := openAccount(t, func(s *tasks.Set) {
+				tasks.RegisterTx(s, func(ctx context.Context, _ *tasks.Job, tx pgx.Tx, p credit) (int, error) {
+					balance, err := add(ctx, tx, p.Amount)
+					if err == nil && fail {
+						err = failure(ctx, tx)
+					}
+					return balance, err
+				})
+			})
+			id := uuid.NewString()
+			if _, err := a.deliver(t.Context(), a.DB, id); err == nil {
+				t.Error("the delivery succeeds")
+			}
+			if balance := a.balance(t); balance != 0 {
+				t.Errorf("the balance is %d after a failure", balance)
+			}
+			fail = false
+			if result, err := a.deliver(t.Context(), a.DB, id); result != "5" || err != nil {
+				t.Errorf("the next try: result %s, error %v; want 5", result, err)
+			}
+		})
+	}
+}
+
+func TestRegisterTx_PanicRollsBackAndGivesTheConnectionBack(t *testing.T) {
+	t.Parallel()
+	a := openAccount(t, func(s *tasks.Set) {
+		tasks.RegisterTx(s, func(ctx context.Context, _ *tasks.Job, tx pgx.Tx, p credit) (int, error) {
+			_, _ = add(ctx, tx, p.Amount)
+			panic("no")
+		})
+	})
+	func() {
+		defer func() { _ = recover() }()
+		_, _ = a.deliver(t.Context(), a.DB, "1")
+	}()
+	if s := a.DB.Stats(); s.CheckedOut != 0 || a.balance(t) != 0 {
+		t.Errorf("%d connections are out, the balance is %d", s.CheckedOut, a.balance(t))
+	}
+}
+
+func TestRegisterTx_ManyRunsAtOnceHaveOneEffect(t *testing.T) {
+	t.Parallel()
+	var atOnce, most atomic.Int32
+	a := openAccount(t, func(s *tasks.Set) {
+		tasks.RegisterTx(s, func(ctx context.Context, _ *tasks.Job, tx pgx.Tx, p credit) (int, error) {
+			most.Store(max(most.Load(), atOnce.Add(1)))
+			defer atOnce.Add(-1)
+			time.Sleep(20 * time.Millisecond)
+			return add(ctx, tx, p.Amount)
+		})
+	})
+	var wg sync.WaitGroup
+	for range 20 {
+		wg.Go(func() {
+			if result, err := a.deliver(t.Context(), a.DB, "the same"); result != "5" || err != nil {
+				t.Errorf("result %s, error %v; want 5", result, err)
+			}
+		})
+	}
+	wg.Wait()
+	if balance := a.balance(t); balance != 5 || most.Load() != 1 {
+		t.Errorf("the balance is %d, and %d runs were in the handler at once", balance, most.Load())
+	}
+}
+
+func TestRegisterTx_HandlerThatSleptBeyondItsLeaseCannotCommitAfterItsSuccessor(t *testing.T) {
+	t.Parallel()
+	asleep, wake := make(chan struct{}), make(chan struct{})
+	first := true
+	a := openAccount(t, func(s *tasks.Set) {
+		tasks.RegisterTx(s, func(ctx context.Context, _ *tasks.Job, tx pgx.Tx, p credit) (int, error) {
+			balance, err := add(ctx, tx, p.Amount)
+			if first {
+				first = false
+				close(asleep)
+				<-wake
+			}
+			return balance, err
+		})
+	})
+	slept := make(chan error)
+	go func() {
+		_, err := a.deliver(t.Context(), a.DB, "1")
+		slept <- err
+	}()
+	<-asleep
+	// Another process: it has a pool of its own.
+	db, err := dbpool.Open(t.Context(), dbpool.DefaultConfig(a.DatabaseURL))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	if result, err := a.deliver(t.Context(), db, "1"); result != "5" || err != nil {
+		t.Errorf("the successor: result %s, error %v; want 5", result, err)
+	}
+	close(wake)
+	if err := <-slept; err == nil {
+		t.Error("the sleeper has committed as well")
+	}
+	if balance := a.balance(t); balance != 5 {
+		t.Errorf("the balance is %d", balance)
+	}
+}
+
+func TestRegisterTx_CommitWhoseAnswerIsLostIsResolvedByLooking(t *testing.T) {
+	t.Parallel()
+	for name, commits := range map[string]bool{"committed": true, "not committed": false} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			a := openAccount(t, func(s *tasks.Set) {
+				tasks.RegisterTx(s, func(ctx context.Context, _ *tasks.Job, tx pgx.Tx, p credit) (int, error) {
+					return add(ctx, tx, p.Amount)
+				})
+			})
+			// The commit takes a moment, in which the connection is cut. Then it goes
+			// on, or its session is ended.
+			for _, sql := range []string{
+				`CREATE FUNCTION slowly() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(1); RETURN NULL; END $$`,
+				`CREATE CONSTRAINT TRIGGER slowly AFTER INSERT ON carpool.jobs_done DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION slowly()`,
+			} {
+				if _, err := a.DB.Exec(t.Context(), sql); err != nil {
+					t.Fatal(err)
+				}
+			}
+			server, err := url.Parse(a.DatabaseURL)
+			if err != nil {
+				t.Fatal(err)
+			}
+			proxy := testservers.NewProxy(t, server.Host)
+			server.Host = proxy.Addr()
+			db, err := dbpool.Open(t.Context(), dbpool.DefaultConfig(server.String()))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer db.Close()
+			delivered := make(chan error)
+			go func() {
+				_, err := a.deliver(t.Context(), db, "1")
+				delivered <- err
+			}()
+			const committing = "FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'"
+			until(t, "the commit is under way", func() bool {
+				var n int
+				return a.DB.QueryRow(t.Context(), "SELECT count(*) "+committing).Scan(&n) == nil && n == 1
+			})
+			proxy.Reset()
+			if !commits {
+				if _, err := a.DB.Exec(t.Context(), "SELECT pg_terminate_backend(pid) "+committing); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := <-delivered; !errors.Is(err, tasks.ErrCommitUnknown) {
+				t.Errorf("the error is %v, want one that says that the commit got no answer", err)
+			}
+			if result, err := a.deliver(t.Context(), db, "1"); result != "5" || err != nil {
+				t.Errorf("the next delivery: result %s, error %v; want 5", result, err)
+			}
+			if balance := a.balance(t); balance != 5 {
+				t.Errorf("the balance is %d", balance)
+			}
+		})
+	}
+}
+
+func TestRegisterTx_TransactionIsTheWorkersToEnd(t *testing.T) {
+	t.Parallel()
+	var kept pgx.Tx
+	a := openAccount(t, func(s *tasks.Set) {
+		tasks.RegisterTx(s, func(ctx context.Context, _ *tasks.Job, tx pgx.Tx, p credit) (int, error) {
+			kept = tx
+			if tx.Commit(ctx) == nil || tx.Rollback(ctx) == nil {
+				t.Error("the handler can end the transaction")
+			}
+			savepoint := pgx.BeginFunc(ctx, tx, func(tx pgx.Tx) error {
+				_, _ = add(ctx, tx, 100)
+				return errors.New("undo")
+			})
+			if savepoint == nil {
+				t.Error("a savepoint can't be rolled back")
+			}
+			return add(ctx, tx, p.Amount)
+		})
+	})
+	if result, err := a.deliver(t.Context(), a.DB, "1"); result != "5" || err != nil {
+		t.Errorf("result %s, error %v; want 5", result, err)
+	}
+	if _, err := kept.Exec(t.Context(), "UPDATE account SET balance = 0"); err == nil {
+		t.Error("the transaction can be used after the handler has returned")
+	}
+	if _, err := kept.Begin(t.Context()); err == nil {
+		t.Error("a savepoint can be made after the handler has returned")
+	}
+}
+
+func TestRegisterOnce_HandlerIsNotEvenCalledForAJobThatIsDone(t *testing.T) {
+	t.Parallel()
+	called := 0
+	a := openAccount(t, func(s *tasks.Set) {
+		tasks.RegisterOnce(s, func(ctx context.Context, job *tasks.Job, p credit) (string, error) {
+			called++
+			return tasks.Once(ctx, job, func(tx pgx.Tx) (string, error) {
+				balance, err := add(ctx, tx, p.Amount)
+				return fmt.Sprint("now ", balance), err
+			})
+		})
+	})
+	for range 2 {
+		if result, err := a.deliver(t.Context(), a.DB, "1"); result != `"now 5"` || err != nil {
+			t.Errorf("result %s, error %v", result, err)
+		}
+	}
+	if called != 1 {
+		t.Errorf("the handler was called %d times", called)
+	}
+}
+
+func TestRegisterOnce_OnceMustBeCalledOnce(t *testing.T) {
+	t.Parallel()
+	for want, handler := range map[string]tasks.Handler[credit, int]{
+		"without having called": func(context.Context, *tasks.Job, credit) (int, error) { return 0, nil },
+		"called twice": func(ctx context.Context, job *tasks.Job, p credit) (balance int, err error) {
+			for range 2 {
+				balance, err = tasks.Once(ctx, job, func(tx pgx.Tx) (int, error) { return add(ctx, tx, p.Amount) })
+			}
+			return balance, err
+		},
+	} {
+		t.Run(want, func(t *testing.T) {
+			t.Parallel()
+			a := openAccount(t, func(s *tasks.Set) { tasks.RegisterOnce(s, handler) })
+			if _, err := a.deliver(t.Context(), a.DB, "1"); !tasks.IsPermanent(err) || !strings.Contains(err.Error(), want) {
+				t.Errorf("the error is %v; want a permanent one that has %q in it", err, want)
+			}
+		})
+	}
+}
