@@ -42,6 +42,8 @@ func startServers(rdb redis.UniversalClient, cfg config, f *frame, instanceQueue
 	common := asynq.Config{
 		DelayedTaskCheckInterval: dueCheck,
 		RetryDelayFunc:           retryDelay,
+		IsFailure:                isFailure,
+		ErrorHandler:             f,
 		ShutdownTimeout:          cfg.shutdownTimeout + endingGrace,
 		Logger:                   asynqLog{log},
 		LogLevel:                 asynq.InfoLevel, // below, it says each time that a queue is empty

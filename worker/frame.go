@@ -7,7 +7,9 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"runtime/debug"
-	"sync/atomic"
+	"runtime/pprof"
+	"strings"
+	"sync"
 	"time"
 
 	"github.com/hibiken/asynq"
@@ -17,57 +19,83 @@ import (
 )
 
 // frame is what every job runs in. It is the asynq.Handler of all servers of
-// this process: decode, validate, bound by the deadline, run, account, log.
+// this process: wait for the database, decode, validate, bound by the deadline,
+// run, account, log.
 type frame struct {
-	tasks  *tasks.Set
-	client *tasks.Client
-	db     *dbpool.Pool
-	log    *slog.Logger
+	tasks     *tasks.Set
+	client    *tasks.Client
+	inspector *asynq.Inspector
+	db        *dbpool.Pool
+	gate      *gate
+	log       *slog.Logger
 	// ending is done, with errEnding as its cause, once jobs that still run
 	// must stop because the worker does.
 	ending context.Context
-	// running counts the jobs in the frame.
-	running atomic.Int64
+
+	runs runs
+	// behind are goroutines that finish what a job's end began.
+	behind sync.WaitGroup
 }
 
-// errEnding is the cause of a context that ended because the worker stops.
-var errEnding = errors.New("the worker is stopping")
+var (
+	// errEnding is the cause of a context that ended because the worker stops.
+	errEnding = errors.New("the worker is stopping")
+	// errTimeout is wrapped by the cause of one that ended because the job's
+	// time was up.
+	errTimeout = errors.New("it ran into its timeout")
+)
 
 // The outcomes of one attempt, as the record after each job has them.
 const (
 	outcomeDone        = "done"
 	outcomeRetry       = "retry"
 	outcomeArchived    = "archived"
-	outcomeInterrupted = "interrupted"
+	outcomeCancelled   = "cancelled"
+	outcomePostponed   = "postponed"   // for the database's sake; no try is used up
+	outcomeSnoozed     = "snoozed"     // as the handler wanted; no try is used up
+	outcomeInterrupted = "interrupted" // by the worker's end; no try is used up
 )
 
 // ProcessTask runs one attempt of a job.
 func (f *frame) ProcessTask(asynqCtx context.Context, t *asynq.Task) error {
-	f.running.Add(1)
-	defer f.running.Add(-1)
 	started := time.Now()
-	job := f.newJob(asynqCtx, t)
+	job, counted := f.newJob(asynqCtx, t)
+	run, err := f.runs.begin(asynqCtx, job.ID)
+	if err != nil {
+		return postponed(fmt.Errorf("an earlier run of this job has not ended: %w", err))
+	}
+	defer f.runs.end(run)
 
 	ctx, release := f.bound(asynqCtx, started)
 	defer release()
 	ctx, borrower := f.db.Track(ctx, job.Kind+" "+job.ID)
-	result, err := f.run(ctx, job, t.Payload())
-	err = explain(ctx, err)
+	var result []byte
+	pprof.Do(ctx, pprof.Labels(jobLabel, job.ID), func(ctx context.Context) {
+		result, err = f.attempt(ctx, job, counted, t.Payload(), borrower)
+	})
 	usage := borrower.End()
+	err = explain(ctx, err)
+	if why := run.givenUp(asynqCtx); why != nil && !errors.Is(err, why) && !(why == errCancelled && err == nil) {
+		err = why // asynq doesn't hear the handler any more
+	}
+	run.done = err == nil
 
-	outcome := f.outcome(ctx, job, err)
+	outcome := f.outcome(ctx, job, counted, err)
 	if outcome == outcomeDone && result != nil {
 		if err := job.WriteResult(result); err != nil {
 			job.Log.Warn("the job is done, but its result could not be written", "error", err)
 		}
 	}
-	if outcome == outcomeDone || outcome == outcomeArchived {
+	if outcome == outcomeDone || outcome == outcomeArchived || outcome == outcomeCancelled {
 		if err := f.client.ReleaseUnique(context.WithoutCancel(asynqCtx), job.ID, t.Headers()); err != nil {
 			job.Log.Warn("the job has ended, but its unique key could not be given up", "error", err)
 		}
 	}
 	f.record(job, outcome, time.Since(started), usage, err)
-	if outcome == outcomeInterrupted {
+	switch outcome {
+	case outcomeArchived:
+		return tasks.Permanent(err) // asynq has been told of one retry more
+	case outcomeInterrupted:
 		// An error would use up a retry. asynq pushes the job back to its queue
 		// when the time for the shutdown is up, and then ends this context.
 		<-asynqCtx.Done()
@@ -75,11 +103,52 @@ func (f *frame) ProcessTask(asynqCtx context.Context, t *asynq.Task) error {
 	return err
 }
 
-func (f *frame) newJob(ctx context.Context, t *asynq.Task) *tasks.Job {
+// HandleError is called by asynq with each failure before it acts on it. If it
+// has given up a handler that still runs, because that ignores the end of its
+// context, the job's hand is kept here, and with it the job's lease, until the
+// handler has ended: asynq alone frees the hand and runs the job beside itself.
+// (Upstream, processor.exec would wait for resCh after ctx.Done.)
+func (f *frame) HandleError(ctx context.Context, _ *asynq.Task, err error) {
+	id, _ := asynq.GetTaskID(ctx)
+	queue, _ := asynq.GetQueueName(ctx)
+	run := f.runs.giveUp(id, err)
+	if run != nil {
+		awaitEnd(run.ended, id, f.log.With(slog.Group("job", "id", id)))
+	}
+	if err == context.Canceled { //nolint:errorlint // asynq's own
+		done := run != nil && run.done
+		f.behind.Go(func() { f.putAway(queue, id, done) })
+	}
+}
+
+// putAway takes a job that was cancelled while it ran from those to be retried,
+// where asynq puts it whatever the handler returns: into the archive, or away if it
+// was done nevertheless.
+func (f *frame) putAway(queue, id string, done bool) {
+	put := f.inspector.ArchiveTask
+	if done {
+		put = f.inspector.DeleteTask
+	}
+	for giveUp := time.Now().Add(time.Minute); time.Now().Before(giveUp) && f.ending.Err() == nil; time.Sleep(20 * time.Millisecond) {
+		err := put(queue, id)
+		if err == nil || errors.Is(err, asynq.ErrTaskNotFound) {
+			return
+		}
+	}
+	f.log.Warn("a cancelled job could not be put away; it stays among those to be retried, in a hundred years", slog.Group("job", "id", id, "queue", queue))
+}
+
+// newJob describes the attempt. counted tells that the frame says which failures
+// use up a try; of jobs that were enqueued by others, asynq archives the last try
+// whatever the frame says.
+func (f *frame) newJob(ctx context.Context, t *asynq.Task) (job *tasks.Job, counted bool) {
 	id, _ := asynq.GetTaskID(ctx)
 	queue, _ := asynq.GetQueueName(ctx)
 	retried, _ := asynq.GetRetryCount(ctx)
-	maxRetry, _ := asynq.GetMaxRetry(ctx)
+	maxRetry, counted := tasks.MaxRetry(t.Headers())
+	if !counted {
+		maxRetry, _ = asynq.GetMaxRetry(ctx)
+	}
 	return &tasks.Job{
 		ID: id, Kind: t.Type(), Queue: queue,
 		Attempt: retried + 1, MaxRetry: maxRetry,
@@ -89,7 +158,7 @@ func (f *frame) newJob(ctx context.Context, t *asynq.Task) *tasks.Job {
 			_, err := t.ResultWriter().Write(data)
 			return err
 		},
-	}
+	}, counted
 }
 
 // bound returns the context of the handler. It ends a little before asynq's
@@ -105,11 +174,21 @@ func (f *frame) bound(asynqCtx context.Context, started time.Time) (context.Cont
 	}
 	timeout := deadline.Sub(started)
 	timeout -= min(tasks.TimeoutGrace, timeout/2)
-	ctx, cancelTimeout := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("it ran into its timeout of %s", timeout.Round(time.Second)))
+	ctx, cancelTimeout := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("%w of %s", errTimeout, timeout.Round(time.Second)))
 	return ctx, func() { cancelTimeout(); release() }
 }
 
-func (f *frame) run(ctx context.Context, job *tasks.Job, data []byte) (result []byte, err error) {
+const (
+	// maxConflicts is how often a job is run again at once because Postgres has
+	// sacrificed its transaction to another.
+	maxConflicts = 5
+	// maxOutages is how often in a row the database may go away while the same
+	// job runs before that counts as the job's failure: it may be its doing.
+	maxOutages = 5
+)
+
+// attempt runs the handler until what comes of it is the job's own.
+func (f *frame) attempt(ctx context.Context, job *tasks.Job, counted bool, data []byte, borrower *dbpool.Borrower) ([]byte, error) {
 	task, err := f.tasks.Lookup(job.Kind)
 	if err != nil {
 		return nil, err
@@ -118,6 +197,79 @@ func (f *frame) run(ctx context.Context, job *tasks.Job, data []byte) (result []
 	if err != nil {
 		return nil, err
 	}
+	if err := f.mayRun(job); err != nil {
+		return nil, err
+	}
+	stay := !counted && job.Attempt > job.MaxRetry // it can't be postponed
+	if task.Once {
+		if err := f.gate.wait(ctx, stay); err != nil {
+			return nil, postponed(fmt.Errorf("the database is away: %w", err))
+		}
+	}
+	began := time.Now()
+	for conflicts := 0; ; {
+		died := borrower.End().Died
+		result, err := f.run(ctx, job, task, payload)
+		if err == nil {
+			f.gate.forgive(job.ID)
+			return result, nil
+		}
+		if isConflict(err) && conflicts < maxConflicts && ctx.Err() == nil {
+			conflicts++
+			time.Sleep(rand.N(10 * time.Millisecond << conflicts))
+			continue
+		}
+		usage := borrower.End()
+		if !f.isOutage(ctx, err, usage.Died > died, usage.Acquires > 0) {
+			f.gate.forgive(job.ID)
+			return nil, err
+		}
+		if f.gate.blame(job.ID) > maxOutages {
+			f.gate.forgive(job.ID)
+			return nil, fmt.Errorf("the database went away %d times in a row while this job ran: %w", maxOutages+1, err)
+		}
+		if _, busy := errors.AsType[*dbpool.TimeoutError](err); !busy {
+			f.gate.shut(err)
+		}
+		if f.gate.wait(ctx, stay) != nil {
+			return nil, postponed(err)
+		}
+		if deadline, ok := ctx.Deadline(); ok && time.Since(began) > time.Until(deadline) && !stay {
+			return nil, postponed(err) // a new delivery has its whole time again
+		}
+	}
+}
+
+// mayRun refuses a job that has used up its tries without having ended: its
+// worker died each time, or it ran into its timeout and did not say so.
+func (f *frame) mayRun(job *tasks.Job) error {
+	if job.Attempt <= job.MaxRetry+1 {
+		return nil
+	}
+	info, err := f.inspector.GetTaskInfo(job.Queue, job.ID)
+	if err != nil {
+		return postponed(fmt.Errorf("look why the job has not ended: %w", err))
+	}
+	if strings.HasPrefix(info.LastErr, gaveUp) {
+		return nil // somebody has put it back
+	}
+	return giveUp(info.LastErr, job.Attempt-1)
+}
+
+// isOutage reports whether the job failed because the database was away. died:
+// one of its connections broke. used: it had one.
+func (f *frame) isOutage(ctx context.Context, err error, died, used bool) bool {
+	if _, snoozed := tasks.SnoozeDelay(err); snoozed {
+		return false
+	}
+	if died || dbpool.IsAway(err) || errors.Is(err, tasks.ErrCommitUnknown) {
+		return true
+	}
+	// A statement that waits for a server that is silent ends with the job's time.
+	return used && errors.Is(context.Cause(ctx), errTimeout) && f.gate.answers(context.WithoutCancel(ctx)) != nil
+}
+
+func (f *frame) run(ctx context.Context, job *tasks.Job, task *tasks.Task, payload tasks.Payload) (result []byte, err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("panic: %v", p)
@@ -139,15 +291,21 @@ func explain(ctx context.Context, err error) error {
 
 // outcome decides what becomes of the job, the way asynq will for the same
 // error.
-func (f *frame) outcome(ctx context.Context, job *tasks.Job, err error) string {
+func (f *frame) outcome(ctx context.Context, job *tasks.Job, counted bool, err error) string {
+	last := job.Attempt > job.MaxRetry
 	switch {
 	case err == nil:
 		return outcomeDone
 	case errors.Is(context.Cause(ctx), errEnding):
 		return outcomeInterrupted // whatever the error is: it may come from the interruption
-	case errors.Is(err, asynq.SkipRetry):
-		return outcomeArchived
-	case job.Attempt > job.MaxRetry:
+	case errors.Is(err, errCancelled):
+		return outcomeCancelled
+	case !isFailure(err) && (counted || !last):
+		if _, ok := tasks.SnoozeDelay(err); ok {
+			return outcomeSnoozed
+		}
+		return outcomePostponed
+	case errors.Is(err, asynq.SkipRetry), last:
 		return outcomeArchived
 	default:
 		return outcomeRetry
@@ -163,7 +321,7 @@ func (f *frame) record(job *tasks.Job, outcome string, took time.Duration, usage
 		level = slog.LevelWarn
 	case outcomeArchived:
 		level = slog.LevelError
-	case outcomeInterrupted:
+	case outcomeInterrupted, outcomePostponed, outcomeCancelled:
 		level = slog.LevelInfo
 	}
 	ctx := context.Background()
@@ -191,21 +349,4 @@ func (f *frame) record(job *tasks.Job, outcome string, took time.Duration, usage
 		attrs = append(attrs, slog.String("error", err.Error()))
 	}
 	f.log.LogAttrs(ctx, level, "job", attrs...)
-}
-
-const (
-	// retryBase and retryCap bound the backoff. With tasks.DefaultMaxRetry a job
-	// that goes on failing is given up after a quarter of an hour on average.
-	retryBase = 2 * time.Second
-	retryCap  = time.Hour
-)
-
-// retryDelay is exponential backoff with full jitter, which spreads the
-// retries of many jobs that failed at once best; see "Exponential Backoff And
-// Jitter" in the AWS Architecture Blog. A delay the handler asked for is kept.
-func retryDelay(retried int, err error, _ *asynq.Task) time.Duration {
-	if d, ok := tasks.RetryDelay(err); ok {
-		return d
-	}
-	return rand.N(min(retryCap, retryBase<<min(retried, 20))) + 1
 }

@@ -46,30 +46,40 @@ type framed struct {
 func runFrame(t *testing.T, handler tasks.Handler[probe, string]) *framed {
 	t.Helper()
 	b := setup(t)
-	rdb, err := tasks.OpenRedis(b.redisURL)
+	return b.runFrame(t, b, func(s *tasks.Set) { tasks.Register(s, handler) })
+}
+
+// runFrame runs a frame with 4 hands on the servers of the bundle that are at the
+// addresses in at.
+func (b *bundle) runFrame(t *testing.T, at *bundle, register func(*tasks.Set)) *framed {
+	t.Helper()
+	rdb, err := tasks.OpenRedis(at.redisURL)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = rdb.Close() })
+	rdb.AddHook(ackHook{})
 	fr := &framed{bundle: b, log: newLogBuffer()}
 	log := slog.New(slog.NewJSONHandler(fr.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
-	cfg := dbpool.DefaultConfig(b.databaseURL)
+	cfg := dbpool.DefaultConfig(at.databaseURL)
 	cfg.Logger = discard()
 	if fr.db, err = dbpool.Open(t.Context(), cfg); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(fr.db.Close)
 	set := new(tasks.Set)
-	tasks.Register(set, handler)
+	register(set)
 	ending, end := context.WithCancelCause(context.Background())
-	f := &frame{tasks: set, client: b.client, db: fr.db, log: log, ending: ending}
+	gate := newGate(fr.db, 4, log)
+	t.Cleanup(gate.stop)
+	f := &frame{tasks: set, client: b.client, inspector: b.inspector, db: fr.db, gate: gate, log: log, ending: ending}
 	s, err := startServers(rdb, config{
 		queues: map[string]int{"default": 1}, concurrency: 4, fetchers: 2, shutdownTimeout: time.Second,
 	}, f, "instance-of-"+t.Name(), end, discard())
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(s.stop)
+	t.Cleanup(func() { s.stop(); f.behind.Wait() })
 	return fr
 }
 

@@ -21,6 +21,8 @@ const (
 type cli struct {
 	Run     runCmd     `cmd:"" default:"withargs" help:"Pull jobs and run them until SIGTERM or SIGINT. This is the default."`
 	Enqueue enqueueCmd `cmd:"" help:"Put a job on its queue and print its id."`
+	Cancel  cancelCmd  `cmd:"" help:"Cancel a job: one that waits is removed, one that runs is stopped and not run again."`
+	Archive archiveCmd `cmd:"" help:"Jobs that were given up: look at them, put them back, delete them."`
 	Kinds   kindsCmd   `cmd:"" help:"Show the kinds of job, the fields of their payloads, and an example of each."`
 	Migrate migrateCmd `cmd:"" help:"Bring carpool's tables in the database up to date."`
 	Config  configCmd  `cmd:"" help:"Show the settings that are in effect, with secrets left out."`

@@ -23,6 +23,9 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	if os.Getenv("CARPOOL_CHAOS_WORKER") != "" {
+		os.Exit(chaosWorker())
+	}
 	dir, err := os.MkdirTemp("", "carpool-worker-test-*")
 	if err != nil {
 		panic(err)

@@ -122,11 +122,21 @@ func (r *runCmd) work(ctx context.Context, cfg config, set *tasks.Set, log *slog
 	inspector := asynq.NewInspectorFromRedisClient(rdb)
 	ending, end := context.WithCancelCause(context.Background())
 	defer end(nil)
-	f := &frame{tasks: set, client: client, db: db, log: log, ending: ending}
-	servers, err := startServers(rdb, cfg, f, queue, end, log)
+	gate := newGate(db, cfg.concurrency, log)
+	defer gate.stop()
+	f := &frame{tasks: set, client: client, inspector: inspector, db: db, gate: gate, log: log, ending: ending}
+	serversRedis, err := tasks.OpenRedis(cfg.redisURL)
 	if err != nil {
 		return err
 	}
+	defer serversRedis.Close()
+	serversRedis.AddHook(ackHook{})
+	servers, err := startServers(serversRedis, cfg, f, queue, end, log)
+	if err != nil {
+		return err
+	}
+	rescue := startRescue(rdb, sortedNames(cfg.queues), leaseStill, log)
+	defer rescue.stop()
 	log.Info("worker started", "version", version(), "instance", instance,
 		"queues", r.Queues, "concurrency", cfg.concurrency, "fetchers", cfg.fetchers,
 		"pool_size", cfg.pool.Size, "max_overflow", cfg.pool.MaxOverflow)
@@ -146,6 +156,8 @@ func (r *runCmd) work(ctx context.Context, cfg config, set *tasks.Set, log *slog
 		clock.Stop()
 		servers.stop()
 	}
+	end(errEnding)
+	f.behind.Wait()
 	if err := inspector.DeleteQueue(queue, true); err != nil && !errors.Is(err, asynq.ErrQueueNotFound) {
 		log.Warn("the instance's own queue could not be removed", "queue", queue, "error", err)
 	}
@@ -170,7 +182,7 @@ func untilIdle(ctx context.Context, inspector *asynq.Inspector, queues map[strin
 		case err != nil:
 			log.Warn("the queues could not be looked at", "error", err)
 			seen = 0
-		case nothing && f.running.Load() == 0:
+		case nothing && f.runs.len() == 0:
 			seen++
 		default:
 			seen = 0

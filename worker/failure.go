@@ -1,0 +1,98 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"time"
+
+	"github.com/hibiken/asynq"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/carpool-go/carpool/tasks"
+)
+
+// postponedError is returned for a job that could not be run for a reason that is
+// not its own. It uses up no try.
+type postponedError struct {
+	err   error
+	delay time.Duration // before it is delivered again
+}
+
+func (e *postponedError) Error() string { return e.err.Error() }
+func (e *postponedError) Unwrap() error { return e.err }
+
+// postponeDelay spreads what was postponed together.
+const postponeDelay = 3 * time.Second
+
+func postponed(err error) error {
+	return &postponedError{err, time.Second + rand.N(postponeDelay)}
+}
+
+// errCancelled is returned for a job that was cancelled while it ran.
+var errCancelled = tasks.Permanent(errors.New("cancelled"))
+
+// isConflict reports whether err says that Postgres has sacrificed the
+// transaction to others: 40001 serialization_failure, 40P01 deadlock_detected.
+// They are meant to be run again at once.
+func isConflict(err error) bool {
+	e, ok := errors.AsType[*pgconn.PgError](err)
+	return ok && (e.Code == "40001" || e.Code == "40P01")
+}
+
+// isFailure is asynq's question whether an error uses up a try.
+func isFailure(err error) bool {
+	_, isPostponed := errors.AsType[*postponedError](err)
+	_, isSnoozed := tasks.SnoozeDelay(err)
+	return !isPostponed && !isSnoozed
+}
+
+const (
+	// retryBase and retryCap bound the backoff. With tasks.DefaultMaxRetry a job
+	// that goes on failing is given up after a quarter of an hour on average.
+	retryBase = 2 * time.Second
+	retryCap  = time.Hour
+	// parked is how far off a retry is put that must not happen: asynq retries
+	// what was cancelled, whatever it is told, so it is taken away before that.
+	parked = 100 * 365 * 24 * time.Hour
+)
+
+// retryDelay is asynq's question when to deliver a job again. It is exponential
+// backoff with full jitter, which spreads the retries of many jobs that failed at
+// once best; see "Exponential Backoff And Jitter" in the AWS Architecture Blog. A
+// delay that was asked for is kept.
+func retryDelay(retried int, err error, _ *asynq.Task) time.Duration {
+	if d, ok := tasks.SnoozeDelay(err); ok {
+		return d
+	}
+	if e, ok := errors.AsType[*postponedError](err); ok {
+		return e.delay
+	}
+	if d, ok := tasks.RetryDelay(err); ok {
+		return d
+	}
+	switch {
+	case err == context.Canceled: //nolint:errorlint // asynq's own; a handler's comes wrapped by the frame
+		return parked
+	case errors.Is(err, asynq.ErrLeaseExpired):
+		return rand.N(time.Second) // it has waited for a minute already
+	}
+	return rand.N(min(retryCap, retryBase<<min(retried, 20))) + 1
+}
+
+// gaveUp begins the reason with which a job is archived that was not run any
+// more. Whoever puts it back in asynqmon has it run once more for each time; with
+// `worker archive retry` it begins anew.
+const gaveUp = "given up: "
+
+// crashed is the last error of a job whose worker died. Asynq's own recoverer
+// writes asynq.ErrLeaseExpired.
+const crashed = "its worker died, or lost its lease, while it ran"
+
+func giveUp(lastErr string, tries int) error {
+	if lastErr == asynq.ErrLeaseExpired.Error() {
+		lastErr = crashed
+	}
+	return tasks.Permanent(fmt.Errorf("%s%s (try %d)", gaveUp, lastErr, tries))
+}

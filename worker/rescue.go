@@ -1,0 +1,165 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+)
+
+// rescue gives jobs back to their queues whose worker died.
+//
+// A worker that lives extends the lease of each job it runs every 5 s, by 30 s.
+// A lease that has stayed the same for longer than that is over, by its holder's
+// own clock as well: asynq ends the run of a worker that finds its lease over.
+// asynq's own recoverer does the same a minute or two after the worker's death; it
+// allows for clocks that differ, where rescue only watches how long nothing
+// happens by its own, and it never finds a job that is active without a lease.
+// (Upstream, the recoverer's interval and its allowance would be settings.)
+type rescue struct {
+	rdb    redis.UniversalClient
+	queues []string
+	log    *slog.Logger
+	still  time.Duration // how long a lease must have stayed the same
+
+	seen   map[string]lease // of active jobs, by queue and id
+	cancel context.CancelFunc
+	done   sync.WaitGroup
+}
+
+// lease is what was seen of an active job's lease.
+type lease struct {
+	until string // as Redis has it; "" for none
+	since time.Time
+}
+
+const (
+	rescueEvery = 3 * time.Second
+	// leaseStill is asynq's lease and a little more.
+	leaseStill = 32 * time.Second
+)
+
+func startRescue(rdb redis.UniversalClient, queues []string, still time.Duration, log *slog.Logger) *rescue {
+	ctx, cancel := context.WithCancel(context.Background())
+	r := &rescue{rdb: rdb, queues: queues, log: log, still: still, seen: make(map[string]lease), cancel: cancel}
+	r.done.Go(func() { r.run(ctx) })
+	return r
+}
+
+func (r *rescue) stop() {
+	r.cancel()
+	r.done.Wait()
+}
+
+func (r *rescue) run(ctx context.Context) {
+	tick := time.NewTicker(min(rescueEvery, r.still/4))
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		found := make(map[string]lease)
+		for _, queue := range r.queues {
+			if err := r.look(ctx, queue, found); err != nil {
+				if ctx.Err() == nil {
+					r.log.Debug("the leases could not be looked at", "queue", queue, "error", err)
+				}
+				// While Redis is away no lease is extended.
+				clear(found)
+				break
+			}
+		}
+		r.seen = found
+	}
+}
+
+// look notes the leases of a queue's active jobs in found, and rescues those jobs
+// whose lease has stayed the same for too long.
+func (r *rescue) look(ctx context.Context, queue string, found map[string]lease) error {
+	pipe := r.rdb.Pipeline()
+	active := pipe.LRange(ctx, asynqKey(queue, "active"), 0, -1)
+	leases := pipe.ZRangeWithScores(ctx, asynqKey(queue, "lease"), 0, -1)
+	if _, err := pipe.Exec(ctx); err != nil {
+		return err
+	}
+	until := make(map[string]string)
+	for _, z := range leases.Val() {
+		until[z.Member.(string)] = strconv.FormatFloat(z.Score, 'f', -1, 64)
+	}
+	for _, id := range active.Val() {
+		key := queue + " " + id
+		now := lease{until[id], time.Now()}
+		if was, ok := r.seen[key]; ok && was.until == now.until {
+			now.since = was.since
+		}
+		found[key] = now
+		if time.Since(now.since) < r.still {
+			continue
+		}
+		rescued, err := r.giveBack(ctx, queue, id, now.until)
+		if err != nil {
+			return err
+		}
+		if rescued {
+			r.log.Warn("a job was given back to its queue: "+crashed, slog.Group("job", "id", id, "queue", queue))
+		}
+		delete(found, key)
+	}
+	return nil
+}
+
+// giveBackScript moves a job from active to retry, due at once, if its lease is
+// still the one that was seen.
+var giveBackScript = redis.NewScript(`
+local lease = redis.call("ZSCORE", KEYS[2], ARGV[1]) or ""
+if lease ~= ARGV[2] and tonumber(lease) ~= tonumber(ARGV[2]) then return 0 end
+if redis.call("LREM", KEYS[1], 0, ARGV[1]) == 0 then return 0 end
+redis.call("ZREM", KEYS[2], ARGV[1])
+redis.call("HSET", KEYS[4], "msg", ARGV[4], "state", "retry")
+redis.call("ZADD", KEYS[3], ARGV[3], ARGV[1])
+return 1`)
+
+func (r *rescue) giveBack(ctx context.Context, queue, id, until string) (bool, error) {
+	message, err := r.rdb.HGet(ctx, taskKey(queue, id), "msg").Bytes()
+	if errors.Is(err, redis.Nil) { // an id without its job
+		pipe := r.rdb.Pipeline()
+		pipe.LRem(ctx, asynqKey(queue, "active"), 0, id)
+		pipe.ZRem(ctx, asynqKey(queue, "lease"), id)
+		_, err := pipe.Exec(ctx)
+		return false, err
+	}
+	if err != nil {
+		return false, fmt.Errorf("read job %s: %w", id, err)
+	}
+	now := time.Now().Unix()
+	message, err = editMessage(message, func(n int) int { return n + 1 }, crashed, now)
+	if err != nil {
+		return false, err
+	}
+	keys := []string{asynqKey(queue, "active"), asynqKey(queue, "lease"), asynqKey(queue, "retry"), taskKey(queue, id)}
+	n, err := giveBackScript.Run(ctx, r.rdb, keys, id, until, now, message).Int()
+	return n == 1, err
+}
+
+// asynqKey is the key of one of asynq's lists for a queue.
+func asynqKey(queue, list string) string { return "asynq:{" + queue + "}:" + list }
+
+// taskKey is the key of a task of asynq.
+func taskKey(queue, id string) string { return asynqKey(queue, "t:"+id) }
+
+func sortedNames(queues map[string]int) []string {
+	names := make([]string, 0, len(queues))
+	for name := range queues {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	return names
+}

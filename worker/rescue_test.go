@@ -1,0 +1,195 @@
+package main
+
+import (
+	"context"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	"github.com/hibiken/asynq"
+	"github.com/redis/go-redis/v9"
+
+	"github.com/carpool-go/carpool/tasks"
+)
+
+func (b *bundle) redis(t *testing.T) redis.UniversalClient {
+	t.Helper()
+	rdb, err := tasks.OpenRedis(b.redisURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = rdb.Close() })
+	return rdb
+}
+
+// dies does to Redis what a worker does that fetches the job and dies at once.
+func dies(t *testing.T, rdb redis.UniversalClient, info *asynq.TaskInfo) {
+	t.Helper()
+	eventually(t, "the job can be fetched", func() bool {
+		return rdb.LRem(t.Context(), asynqKey(info.Queue, "pending"), 1, info.ID).Val() == 1
+	})
+	pipe := rdb.TxPipeline()
+	pipe.LPush(t.Context(), asynqKey(info.Queue, "active"), info.ID)
+	pipe.ZAdd(t.Context(), asynqKey(info.Queue, "lease"), redis.Z{Score: float64(time.Now().Add(30 * time.Second).Unix()), Member: info.ID})
+	pipe.HSet(t.Context(), taskKey(info.Queue, info.ID), "state", "active")
+	pipe.HDel(t.Context(), taskKey(info.Queue, info.ID), "pending_since")
+	if _, err := pipe.Exec(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestRescue_JobOfADeadWorkerIsRunAgainAndItsTryIsCounted(t *testing.T) {
+	t.Parallel()
+	for name, loses := range map[string]bool{"with a lease": false, "without one": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := setup(t)
+			rdb := b.redis(t)
+			info, err := b.client.Enqueue(t.Context(), probe{"x"}, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			dies(t, rdb, info)
+			if loses {
+				rdb.ZRem(t.Context(), asynqKey("default", "lease"), info.ID)
+			}
+			r := startRescue(rdb, []string{"default"}, time.Second, discard())
+			defer r.stop()
+			f := b.runFrame(t, b, func(s *tasks.Set) {
+				tasks.Register(s, func(_ context.Context, _ *tasks.Job, p probe) (string, error) { return p.Word, nil })
+			})
+			if result, err := f.wait(t, info); string(result) != `"x"` || err != nil {
+				t.Errorf("result %s, error %v", result, err)
+			}
+			if job := f.records(t, 1)[0]["job"].(map[string]any); job["attempt"] != 2.0 {
+				t.Errorf("the record is %v; want the second attempt", job)
+			}
+		})
+	}
+}
+
+func TestRescue_JobOfALivingWorkerIsLeftAlone(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	var runs atomic.Int32
+	f := b.runFrame(t, b, func(s *tasks.Set) {
+		tasks.Register(s, func(context.Context, *tasks.Job, probe) (string, error) {
+			runs.Add(1)
+			time.Sleep(16 * time.Second) // asynq extends the lease every 5 s
+			return "", nil
+		})
+	})
+	r := startRescue(b.redis(t), []string{"default"}, 8*time.Second, discard())
+	defer r.stop()
+	if _, err := f.wait(t, f.enqueue(t, "x", nil)); err != nil {
+		t.Error(err)
+	}
+	if runs.Load() != 1 {
+		t.Errorf("it ran %d times", runs.Load())
+	}
+}
+
+func TestFrame_JobThatKillsItsWorkersEndsInTheArchive(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	rdb := b.redis(t)
+	r := startRescue(rdb, []string{"default"}, time.Second, discard())
+	defer r.stop()
+	info, err := b.client.Enqueue(t.Context(), probe{"poison"}, &tasks.EnqueueOptions{MaxRetry: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		dies(t, rdb, info)
+		eventually(t, "it is given back", func() bool {
+			got, err := b.inspector.GetTaskInfo("default", info.ID)
+			if err != nil || got.State != asynq.TaskStateRetry {
+				return false
+			}
+			return b.inspector.RunTask("default", info.ID) == nil // nobody else moves what is due
+		})
+	}
+	var runs atomic.Int32
+	f := b.runFrame(t, b, func(s *tasks.Set) {
+		tasks.Register(s, func(context.Context, *tasks.Job, probe) (string, error) {
+			runs.Add(1)
+			return "cured", nil
+		})
+	})
+	_, err = f.wait(t, info)
+	if want := "given up: its worker died, or lost its lease, while it ran (try 2)"; err == nil || !strings.HasSuffix(err.Error(), want) {
+		t.Errorf("error %v, want one that ends with %q", err, want)
+	}
+	if runs.Load() != 0 {
+		t.Error("it was run once more")
+	}
+
+	// Whoever puts it back has it run.
+	if err := b.inspector.RunTask("default", info.ID); err != nil {
+		t.Fatal(err)
+	}
+	if result, err := f.wait(t, info); string(result) != `"cured"` || err != nil {
+		t.Errorf("put back: result %s, error %v", result, err)
+	}
+}
+
+func TestEditMessage_ChangesWhatItShouldAndNothingElse(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	rdb := b.redis(t)
+	before, err := b.client.Enqueue(t.Context(), probe{"x"}, &tasks.EnqueueOptions{UniqueKey: "k", Timeout: time.Minute, Retention: time.Hour})
+	if err != nil {
+		t.Fatal(err)
+	}
+	key := taskKey(before.Queue, before.ID)
+	message, err := rdb.HGet(t.Context(), key, "msg").Bytes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, err = b.inspector.GetTaskInfo(before.Queue, before.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		message, err = editMessage(message, func(n int) int { return n + 1 }, "no", 1_700_000_000)
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	rdb.HSet(t.Context(), key, "msg", message)
+	after, err := b.inspector.GetTaskInfo(before.Queue, before.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := *before
+	want.Retried, want.LastErr, want.LastFailedAt = 2, "no", time.Unix(1_700_000_000, 0)
+	if diff := cmp.Diff(&want, after, cmpopts.IgnoreFields(asynq.TaskInfo{}, "NextProcessAt")); diff != "" {
+		t.Errorf("(-want +got)\n%s", diff)
+	}
+	if _, err := editMessage([]byte{0xff}, func(n int) int { return n }, "", 0); err == nil {
+		t.Error("nonsense is edited")
+	}
+}
+
+func FuzzEditMessage(f *testing.F) {
+	f.Add([]byte("\x0a\x05probe\x12\x02{}\x30\x03"))
+	f.Fuzz(func(t *testing.T, message []byte) {
+		edited, err := editMessage(message, func(int) int { return 7 }, "no", 1)
+		if err != nil {
+			return
+		}
+		again, err := editMessage(edited, func(n int) int {
+			if n != 7 {
+				t.Errorf("the number of retries is read as %d", n)
+			}
+			return n
+		}, "no", 1)
+		if err != nil || !slices.Equal(again, edited) {
+			t.Errorf("the same edit again changes something, or fails: %v", err)
+		}
+	})
+}
