@@ -189,7 +189,7 @@ type migrateCmd struct {
 	logSettings      `embed:""`
 }
 
-func (m *migrateCmd) Run() error {
+func (m *migrateCmd) Run(kinds kindsOf) error {
 	var f faults
 	url := f.databaseURL(m.DatabaseURL)
 	timeout := f.startup(m.startupSettings)
@@ -208,7 +208,10 @@ func (m *migrateCmd) Run() error {
 	if err := waitFor(ctx, timeout, log, server{"DATABASE_URL", db.Ping}); err != nil {
 		return err
 	}
-	return schema.Migrate(ctx, url, log)
+	if err := schema.Migrate(ctx, url, log); err != nil {
+		return err
+	}
+	return tasks.RecordKinds(ctx, db, kinds(tasks.Config{}))
 }
 
 type configCmd struct {

@@ -1,0 +1,160 @@
+// Package examples_test runs the examples as a person would.
+package examples_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/carpool-go/carpool/tasks"
+	"github.com/carpool-go/carpool/tasks/taskstest"
+)
+
+func TestMain(m *testing.M) { taskstest.Main(m) }
+
+func TestExamples_CommitOneJobAndRollBackAnother(t *testing.T) {
+	t.Parallel()
+	for _, example := range []struct {
+		name    string
+		program func(*testing.T) string
+		args    []string
+	}{
+		{"python", python, []string{"python/enqueue.py"}},
+		{"node", node, []string{"node/enqueue.js"}},
+		{"psql", psql, []string{"psql/enqueue.sh"}},
+		{"go", func(t *testing.T) string { return find(t, "go") }, []string{"run", "./go"}},
+	} {
+		t.Run(example.name, func(t *testing.T) {
+			t.Parallel()
+			program := example.program(t)
+			kit := taskstest.New(t)
+			if err := tasks.RecordKinds(t.Context(), kit.DB, tasks.Builtin(tasks.Config{})); err != nil {
+				t.Fatal(err)
+			}
+			out := run(t, producer(t, kit), program, example.args...)
+
+			const id = `([0-9a-f-]{36})`
+			said := regexp.MustCompile(`^committed ` + id + `\nrolled back ` + id + `\n$`).FindStringSubmatch(out)
+			if said == nil {
+				t.Fatalf("it prints %q", out)
+			}
+			rows, err := kit.DB.Query(t.Context(), `SELECT id || ' ' || kind || ' ' || queue || ' ' || payload FROM carpool.outbox`)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := pgx.CollectRows(rows, pgx.RowTo[string])
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := said[1] + ` rows:prune low {"table": "carpool.webhook_deliveries", "column": "delivered_at", "older_than": "30d"}`
+			if len(got) != 1 || got[0] != want {
+				t.Errorf("the outbox has\n%q, want\n%q", got, want)
+			}
+		})
+	}
+}
+
+// producer makes a role that has only what the README grants, with a password
+// that must be encoded in a URL, and returns the URL for it.
+func producer(t *testing.T, kit *taskstest.Kit) string {
+	t.Helper()
+	u, err := url.Parse(kit.DatabaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	role, password := "example_"+strings.Trim(u.Path, "/"), `p:/?#[]@%\20 é`
+	grants := []string{"CREATE ROLE " + role + " LOGIN PASSWORD '" + password + "'"}
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(readme)) {
+		if strings.HasPrefix(line, "GRANT ") {
+			grants = append(grants, strings.Replace(line, "TO producer;", "TO "+role, 1))
+		}
+	}
+	if len(grants) != 3 {
+		t.Fatalf("the README has %d grants, want 2", len(grants)-1)
+	}
+	for _, sql := range grants {
+		if _, err := kit.DB.Exec(t.Context(), sql); err != nil {
+			t.Fatalf("%s: %v", sql, err)
+		}
+	}
+	t.Cleanup(func() {
+		for _, sql := range []string{"DROP OWNED BY " + role, "DROP ROLE " + role} {
+			if _, err := kit.DB.Exec(context.Background(), sql); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	u.User = url.UserPassword(role, password)
+	return u.String()
+}
+
+// run runs an example to its end and returns what it printed.
+func run(t *testing.T, databaseURL, program string, args ...string) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute) // go run compiles
+	defer cancel()
+	cmd := exec.CommandContext(ctx, program, args...)
+	cmd.Env = append(os.Environ(), "DATABASE_URL="+databaseURL, "PATH="+filepath.Dir(program)+":"+os.Getenv("PATH"))
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	cmd.WaitDelay = 10 * time.Second
+	if err := cmd.Run(); err != nil {
+		t.Fatalf("%v\n%s", errors.Join(err, ctx.Err()), errs.String())
+	}
+	return out.String()
+}
+
+const install = "`make test` installs what is missing"
+
+// find finds a program on PATH. Without it the test fails: an example that
+// nobody runs is worth nothing.
+func find(t *testing.T, program string) string {
+	t.Helper()
+	path, err := exec.LookPath(program)
+	if err != nil {
+		t.Fatalf("%v; %s", err, install)
+	}
+	return path
+}
+
+// python finds a Python that has psycopg2. Debian's package is for Debian's
+// Python, which need not be the first on PATH.
+func python(t *testing.T) string {
+	t.Helper()
+	for _, program := range []string{"python3", "/usr/bin/python3"} {
+		if path, err := exec.LookPath(program); err == nil && exec.Command(path, "-c", "import psycopg2").Run() == nil {
+			return path
+		}
+	}
+	t.Fatalf("there is no Python with psycopg2; %s", install)
+	return ""
+}
+
+func node(t *testing.T) string {
+	t.Helper()
+	if _, err := os.Stat("node/node_modules/pg"); err != nil {
+		t.Fatalf("%v; %s", err, install)
+	}
+	return find(t, "node")
+}
+
+// psql is for a script that calls it: it returns the shell.
+func psql(t *testing.T) string {
+	t.Helper()
+	find(t, "psql")
+	return find(t, "bash")
+}

@@ -1,0 +1,129 @@
+package tasks
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+)
+
+const enqueueSQL = `SELECT carpool.enqueue(kind => $1, payload => $2, queue => $3, run_at => $4, unique_key => $5,
+	max_retry => $6, timeout => make_interval(secs => $7), retention => make_interval(secs => $8))`
+
+// EnqueueTx validates the payload and enqueues a job that carries it when tx
+// commits, and not at all when it rolls back; a nil opts overrides nothing. It
+// returns the job's id. The job waits in carpool.outbox until a worker's relay
+// moves it to Redis, which needs milliseconds, or as long as Redis is away.
+//
+// It is done by the database alone: the client may be the zero [Client], which
+// has no Redis and can do nothing else. Without a transaction, a connection or a
+// pool in tx's place enqueues the job at once.
+//
+// A [EnqueueOptions.UniqueKey] is taken when the job is moved; if another job
+// holds it then, this one is dropped. An [EnqueueOptions.ID] is refused: the
+// outbox makes the ids.
+//
+// The errors: a [PayloadError] for a payload that is not valid, which leaves tx
+// as it was; or what Postgres said, which aborts tx. What carpool.enqueue
+// refuses is a [pgconn.PgError] with the code 22023.
+func (c *Client) EnqueueTx(ctx context.Context, tx interface {
+	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
+}, p Payload, opts *EnqueueOptions,
+) (id string, err error) {
+	if err := p.Validate(); err != nil {
+		return "", fmt.Errorf("tasks: enqueue: %w", Permanent(&PayloadError{p.Kind(), err}))
+	}
+	data, err := json.Marshal(p)
+	if err != nil {
+		return "", fmt.Errorf("tasks: enqueue %s: %w", p.Kind(), err)
+	}
+	if opts == nil {
+		opts = &EnqueueOptions{}
+	}
+	if opts.ID != "" {
+		return "", fmt.Errorf("tasks: enqueue %s: EnqueueTx takes no ID: the outbox makes it, and EnqueueTx returns it", p.Kind())
+	}
+	err = tx.QueryRow(ctx, enqueueSQL, p.Kind(), string(data),
+		unlessZero(opts.Queue), unlessZero(opts.RunAt), unlessZero(opts.UniqueKey),
+		maxRetryArg(opts.MaxRetry), unlessZero(opts.Timeout.Seconds()), unlessZero(opts.Retention.Seconds()),
+	).Scan(&id)
+	if err != nil {
+		return "", fmt.Errorf("tasks: enqueue %s: %w", p.Kind(), withHint(err))
+	}
+	return id, nil
+}
+
+// unlessZero is null for a zero value.
+func unlessZero[T comparable](v T) *T {
+	var zero T
+	if v == zero {
+		return nil
+	}
+	return &v
+}
+
+// maxRetryArg turns [Options.MaxRetry] into carpool.enqueue's, where 0 is no
+// retry and null the kind's own.
+func maxRetryArg(n int) *int {
+	if n == 0 {
+		return nil
+	}
+	n = max(n, 0)
+	return &n
+}
+
+// withHint adds the way out that the database offers.
+func withHint(err error) error {
+	e, ok := errors.AsType[*pgconn.PgError](err)
+	switch {
+	case !ok:
+		return err
+	case e.Code == "42883" || e.Code == "3F000": // undefined_function, invalid_schema_name
+		return fmt.Errorf("%w (the database lacks carpool's newest tables; run: worker migrate)", err)
+	case e.Hint != "":
+		return fmt.Errorf("%w (%s)", err, e.Hint)
+	}
+	return err
+}
+
+// The kinds are locked in one order, whoever writes them.
+const recordKindsSQL = `INSERT INTO carpool.kinds AS k (kind, fields, seen_at)
+	SELECT n.kind, n.fields, now() FROM jsonb_to_recordset($1::jsonb) AS n(kind text, fields jsonb) ORDER BY n.kind
+	ON CONFLICT (kind) DO UPDATE SET fields = excluded.fields, seen_at = excluded.seen_at
+	WHERE k.fields IS DISTINCT FROM excluded.fields OR k.seen_at < now() - interval '1 hour'`
+
+// RecordKinds writes the set's kinds to carpool.kinds, from which
+// carpool.enqueue knows what it may take. Kinds that others wrote stay.
+func RecordKinds(ctx context.Context, db interface {
+	Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error)
+}, s *Set,
+) error {
+	type field struct {
+		Name     string `json:"name"`
+		Type     string `json:"type"`
+		Optional bool   `json:"optional"`
+	}
+	type kind struct {
+		Kind   string  `json:"kind"`
+		Fields []field `json:"fields"`
+	}
+	kinds := []kind{}
+	for _, name := range s.Kinds() {
+		k := kind{Kind: name, Fields: []field{}}
+		for _, f := range s.byKind[name].Fields {
+			k.Fields = append(k.Fields, field{f.Name, f.Type, f.Optional})
+		}
+		kinds = append(kinds, k)
+	}
+	data, err := json.Marshal(kinds)
+	if err != nil {
+		return fmt.Errorf("tasks: record the kinds: %w", err)
+	}
+	if _, err := db.Exec(ctx, recordKindsSQL, string(data)); err != nil {
+		return fmt.Errorf("tasks: record the kinds: %w", err)
+	}
+	return nil
+}
