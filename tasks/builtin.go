@@ -22,5 +22,6 @@ func Builtin(cfg Config) *Set {
 	Register(s, WebhookDeliverer{Secret: cfg.WebhookSecret, Outbound: cfg.Outbound}.Handle)
 	Register(s, HandleRowsPrune)
 	Register(s, HandlePoolValidate)
+	Register(s, HandlePrune)
 	return s
 }

@@ -227,6 +227,7 @@ func readQueues(rdb redis.UniversalClient) ([]queueStatus, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the names of the queues: %w", err)
 	}
+	slices.Sort(names)
 	queues := []queueStatus{}
 	for _, name := range names {
 		if instanceQueueName.MatchString(name) {

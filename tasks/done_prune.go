@@ -1,0 +1,211 @@
+package tasks
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+	"github.com/redis/go-redis/v9"
+)
+
+// Prune deletes what carpool's own tables no longer need: records of transactional
+// jobs that can't be delivered again, and the webhooks' attempts of more than 30
+// days ago. It is idempotent: a run that was interrupted is simply begun anew.
+type Prune struct {
+	Keep string `json:"keep,omitempty" doc:"how long the record of a job that is done is kept at least; 24h if left out" example:"24h"`
+}
+
+const (
+	// pruneKeep is for those who enqueue the same id again: see [EnqueueOptions].
+	pruneKeep = 24 * time.Hour
+	// webhooksKept is how long the attempts of webhooks are kept.
+	webhooksKept = "30d"
+	// donePages is how many pages of 8 kB are gone through at a time, and doneBatch
+	// how many records at most are deleted by one statement.
+	donePages = 128
+	doneBatch = 1000
+)
+
+// Kind returns "carpool:prune".
+func (Prune) Kind() string { return "carpool:prune" }
+
+// Options: the first run on a large table may take long, the result stays for a
+// day, and what one run leaves undone the next one does.
+func (Prune) Options() Options {
+	return Options{MaxRetry: 3, Timeout: time.Hour, Retention: 24 * time.Hour}
+}
+
+// Validate checks the field's form.
+func (p Prune) Validate() error {
+	if _, err := p.keep(); err != nil {
+		return fmt.Errorf("keep: %w", err)
+	}
+	return nil
+}
+
+func (p Prune) keep() (time.Duration, error) {
+	if p.Keep == "" {
+		return pruneKeep, nil
+	}
+	return parseAge(p.Keep)
+}
+
+// PruneResult says what was deleted.
+type PruneResult struct {
+	// Jobs is how many records of carpool.jobs_done were deleted, and Needed how
+	// many were old enough but are kept, as their jobs may be delivered again.
+	Jobs   int64 `json:"jobs"`
+	Needed int64 `json:"needed,omitempty"`
+	// Webhooks is how many rows of carpool.webhook_deliveries were deleted.
+	Webhooks int64 `json:"webhooks"`
+}
+
+// HandlePrune goes once through carpool.jobs_done, and holds neither a connection
+// nor a lock between two batches.
+//
+// The record of a job keeps its effects from happening twice. It goes only when
+// no one has the job any more who could deliver it: neither the outbox nor Redis.
+func HandlePrune(ctx context.Context, job *Job, p Prune) (PruneResult, error) {
+	var result PruneResult
+	keep, err := p.keep()
+	if err != nil {
+		return result, Permanent(fmt.Errorf("keep: %w", err))
+	}
+	if err := pruneDone(ctx, job, keep, &result); err != nil {
+		return result, fmt.Errorf("prune carpool.jobs_done: %w", err)
+	}
+	webhooks, err := HandleRowsPrune(ctx, job, RowsPrune{
+		Table: "carpool.webhook_deliveries", Column: "delivered_at", OlderThan: webhooksKept,
+	})
+	result.Webhooks = webhooks.Deleted
+	return result, err
+}
+
+// doneRecord is an old record of a job.
+type doneRecord struct {
+	At        string // its ctid
+	ID, Queue string
+}
+
+// pruneDone goes through the table in the order in which the records lie. That is
+// about the order of their age, takes no index that each job would pay for, and
+// comes to an end however many records have to stay.
+func pruneDone(ctx context.Context, job *Job, keep time.Duration, result *PruneResult) error {
+	var pages int64
+	var cutoff time.Time
+	err := job.DB.QueryRow(ctx, `
+		SELECT pg_relation_size('carpool.jobs_done') / current_setting('block_size')::int, now() - make_interval(secs => $1)`,
+		keep.Seconds()).Scan(&pages, &cutoff)
+	if err != nil {
+		return err
+	}
+	for page := int64(0); page < pages; page += donePages {
+		after, end := fmt.Sprintf("(%d,0)", page), fmt.Sprintf("(%d,0)", page+donePages)
+		for more := true; more; {
+			old, err := oldRecords(ctx, job, cutoff, after, end)
+			if err != nil {
+				return err
+			}
+			if more = len(old) == doneBatch; more {
+				after = old[len(old)-1].At
+			}
+			deleted, err := deleteRecords(ctx, job, cutoff, old)
+			if err != nil {
+				return err
+			}
+			result.Jobs += deleted
+			result.Needed += int64(len(old)) - deleted
+			// A progress that can't be shown is no reason to stop.
+			_ = job.Progress(ctx, *result)
+		}
+	}
+	return nil
+}
+
+func oldRecords(ctx context.Context, job *Job, cutoff time.Time, after, end string) ([]doneRecord, error) {
+	rows, err := job.DB.Query(ctx, `
+		SELECT d.ctid::text, d.id, d.queue FROM carpool.jobs_done d
+		WHERE d.ctid > $1::text::tid AND d.ctid < $2::text::tid AND d.done_at < $3 ORDER BY d.ctid LIMIT $4`,
+		after, end, cutoff, doneBatch)
+	if err != nil {
+		return nil, err
+	}
+	return pgx.CollectRows(rows, pgx.RowToStructByPos[doneRecord])
+}
+
+// deleteRecords deletes those of the records whose jobs can't be delivered again.
+// The outbox is asked first: a relay deletes a row only when Redis has its job.
+func deleteRecords(ctx context.Context, job *Job, cutoff time.Time, old []doneRecord) (int64, error) {
+	if len(old) == 0 {
+		return 0, nil
+	}
+	old, err := notInOutbox(ctx, job, old)
+	if err != nil {
+		return 0, err
+	}
+	ids, err := notInRedis(ctx, job.Client.rdb, old)
+	if err != nil || len(ids) == 0 {
+		return 0, err
+	}
+	tag, err := job.DB.Exec(ctx, "DELETE FROM carpool.jobs_done WHERE id = ANY($1) AND done_at < $2", ids, cutoff)
+	return tag.RowsAffected(), err
+}
+
+func notInOutbox(ctx context.Context, job *Job, records []doneRecord) ([]doneRecord, error) {
+	var ids []string // those of another form come from elsewhere
+	for _, r := range records {
+		if id, err := uuid.Parse(r.ID); err == nil {
+			ids = append(ids, id.String())
+		}
+	}
+	rows, err := job.DB.Query(ctx, "SELECT id::text FROM carpool.outbox WHERE id = ANY($1::text[]::uuid[])", ids)
+	if err != nil {
+		return nil, err
+	}
+	waiting, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		return nil, err
+	}
+	has := make(map[string]bool, len(waiting))
+	for _, id := range waiting {
+		has[id] = true
+	}
+	var rest []doneRecord
+	for _, r := range records {
+		if !has[r.ID] {
+			rest = append(rest, r)
+		}
+	}
+	return rest, nil
+}
+
+// notInRedis returns the ids of the records whose jobs Redis doesn't have, or has
+// as completed. An archived job can be put back on its queue.
+func notInRedis(ctx context.Context, rdb redis.UniversalClient, records []doneRecord) ([]string, error) {
+	if len(records) == 0 {
+		return nil, nil
+	}
+	states := make([]*redis.StringCmd, len(records))
+	_, err := rdb.Pipelined(ctx, func(p redis.Pipeliner) error {
+		for i, r := range records {
+			states[i] = p.HGet(ctx, "asynq:{"+r.Queue+"}:t:"+r.ID, "state")
+		}
+		return nil
+	})
+	if err != nil && !errors.Is(err, redis.Nil) {
+		return nil, fmt.Errorf("ask Redis for the jobs: %w", err)
+	}
+	var ids []string
+	for i, r := range records {
+		switch state, err := states[i].Result(); {
+		case errors.Is(err, redis.Nil), err == nil && state == "completed":
+			ids = append(ids, r.ID)
+		case err != nil:
+			return nil, fmt.Errorf("ask Redis for a job: %w", err)
+		}
+	}
+	return ids, nil
+}
