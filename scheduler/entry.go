@@ -1,0 +1,155 @@
+package scheduler
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math"
+	"regexp"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/carpool-go/carpool/tasks"
+)
+
+// Entry is one thing that is run by the clock: a job, and when it is enqueued.
+type Entry struct {
+	// Name is the entry's own: 1 to 100 letters, digits, or _ . : -
+	Name string
+	// Cron and TimeZone are as [ParseSchedule] takes them.
+	Cron, TimeZone string
+	// Payload is the job's, and decides its kind.
+	Payload tasks.Payload
+	// Options override the kind's own for the entry's jobs; zero values don't.
+	// Isolation is the kind's alone.
+	Options tasks.Options
+	// Missed says what becomes of ticks that nobody was there for; "" is
+	// [MissedOnce].
+	Missed Missed
+	// Overlap says what becomes of a tick whose previous job has not ended; "" is
+	// [OverlapAllow].
+	Overlap Overlap
+}
+
+// Missed is what becomes of ticks that are found more than ten seconds late,
+// since no worker ran, or Postgres was away.
+type Missed string
+
+const (
+	// MissedSkip leaves them out.
+	MissedSkip Missed = "skip"
+	// MissedOnce enqueues the last of them, unless a tick that is on time does
+	// their work.
+	MissedOnce Missed = "once"
+	// MissedAll enqueues each of them, up to the last hundred.
+	MissedAll Missed = "all"
+)
+
+// Overlap is what becomes of a tick while the job of the one before it is queued,
+// runs, or waits for a retry. A job that was archived has ended.
+type Overlap string
+
+const (
+	// OverlapAllow enqueues it all the same.
+	OverlapAllow Overlap = "allow"
+	// OverlapSkip leaves it out.
+	OverlapSkip Overlap = "skip"
+	// OverlapQueue lets one tick wait for the end, and leaves out further ones.
+	OverlapQueue Overlap = "queue"
+)
+
+var entryName = regexp.MustCompile(`^[A-Za-z0-9_.:-]{1,100}$`)
+
+// Validate reports what is wrong with the entry, beginning with the name of the
+// field as it is called in carpool.schedules.
+func (e Entry) Validate() error {
+	if !entryName.MatchString(e.Name) {
+		return fmt.Errorf("name: %.100q is not made of 1 to 100 letters, digits, or _ . : -", e.Name)
+	}
+	if e.Payload == nil {
+		return errors.New("payload: is missing")
+	}
+	if err := e.Payload.Validate(); err != nil {
+		return fmt.Errorf("payload: %w", err)
+	}
+	if o := e.Options; o.Queue != "" && !entryName.MatchString(o.Queue) {
+		return fmt.Errorf("queue: %.100q is not made of 1 to 100 letters, digits, or _ . : -", o.Queue)
+	}
+	if n := e.Options.MaxRetry; n > math.MaxInt32 {
+		return fmt.Errorf("max_retry: %d is more than %d", n, math.MaxInt32)
+	}
+	if t := e.Options.Timeout; t != 0 && (t < time.Second || t > 30*24*time.Hour) {
+		return fmt.Errorf("timeout: %s is not from 1s to 30 days", t)
+	}
+	if r := e.Options.Retention; r != 0 && (r < time.Second || r > 366*24*time.Hour) {
+		return fmt.Errorf("retention: %s is not from 1s to 366 days", r)
+	}
+	if e.Options.Isolation != "" {
+		return errors.New("isolation: belongs to the kind; an entry can't override it")
+	}
+	switch e.Missed {
+	case "", MissedSkip, MissedOnce, MissedAll:
+	default:
+		return fmt.Errorf("missed: %.100q is not one of skip, once, all", e.Missed)
+	}
+	switch e.Overlap {
+	case "", OverlapAllow, OverlapSkip, OverlapQueue:
+	default:
+		return fmt.Errorf("overlap: %.100q is not one of allow, skip, queue", e.Overlap)
+	}
+	_, err := ParseSchedule(e.Cron, e.TimeZone)
+	return err
+}
+
+// definition is an entry as carpool.schedules has it; null is nil.
+type definition struct {
+	name, cron, zone, kind string
+	payload                string // as JSON
+	queue                  *string
+	maxRetry               *int
+	timeout, retention     *float64 // in seconds
+	missed                 Missed
+	overlap                Overlap
+}
+
+func (e Entry) definition() (definition, error) {
+	payload, err := json.Marshal(e.Payload)
+	if err != nil {
+		return definition{}, fmt.Errorf("payload: %w", err)
+	}
+	d := definition{
+		name: e.Name, cron: e.Cron, zone: orDefault(e.TimeZone, "UTC"), kind: e.Payload.Kind(), payload: string(payload),
+		missed: orDefault(e.Missed, MissedOnce), overlap: orDefault(e.Overlap, OverlapAllow),
+	}
+	o := e.Options
+	if o.Queue != "" {
+		d.queue = &o.Queue
+	}
+	if o.MaxRetry != 0 {
+		n := max(o.MaxRetry, 0) // NoRetry is less than 0
+		d.maxRetry = &n
+	}
+	if s := o.Timeout.Seconds(); s != 0 {
+		d.timeout = &s
+	}
+	if s := o.Retention.Seconds(); s != 0 {
+		d.retention = &s
+	}
+	return d, nil
+}
+
+func orDefault[T ~string](v, otherwise T) T {
+	if v == "" {
+		return otherwise
+	}
+	return v
+}
+
+// tickSpace is the namespace of the ids of ticks' jobs.
+var tickSpace = uuid.MustParse("6d2f0c4e-8a53-5c1b-9d0e-636172706f6f")
+
+// tickID is the id of the job of an entry's tick: the same, whoever reckons it.
+func tickID(name string, tick time.Time) uuid.UUID {
+	return uuid.NewSHA1(tickSpace, fmt.Appendf(nil, "%s %d", name, tick.Unix()))
+}

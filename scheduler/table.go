@@ -1,0 +1,159 @@
+package scheduler
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+
+	"github.com/carpool-go/carpool/dbpool"
+)
+
+var (
+	// ErrExists is wrapped by the error for an entry whose name is taken.
+	ErrExists = errors.New("there is an entry of this name already")
+	// ErrNotFound is wrapped by the error for an entry that there isn't.
+	ErrNotFound = errors.New("there is no entry of this name")
+)
+
+const (
+	addSQL = `INSERT INTO carpool.schedules
+		(name, cron, time_zone, kind, payload, queue, max_retry, timeout, retention, missed, overlap)
+	VALUES ($1, $2, $3, $4, $5, $6, $7, make_interval(secs => $8), make_interval(secs => $9), $10, $11)
+	ON CONFLICT (name) DO `
+
+	replaceSQL = addSQL + `UPDATE SET
+		(cron, time_zone, kind, payload, queue, max_retry, timeout, retention, missed, overlap, source, problem)
+		= (excluded.cron, excluded.time_zone, excluded.kind, excluded.payload, excluded.queue, excluded.max_retry,
+			excluded.timeout, excluded.retention, excluded.missed, excluded.overlap, 'table', NULL)`
+)
+
+// Add validates an entry and writes it to carpool.schedules; running workers
+// take it up within a second. With replace, it may take the place of another one
+// of its name, which stays enabled or disabled; without, that is [ErrExists].
+func Add(ctx context.Context, db *dbpool.Pool, e Entry, replace bool) error {
+	if err := e.Validate(); err != nil {
+		return fmt.Errorf("scheduler: add: %w", err)
+	}
+	d, err := e.definition()
+	if err != nil {
+		return fmt.Errorf("scheduler: add: %w", err)
+	}
+	sql := addSQL + "NOTHING"
+	if replace {
+		sql = replaceSQL
+	}
+	tag, err := db.Exec(ctx, sql, d.args()...)
+	if err != nil {
+		return fmt.Errorf("scheduler: add %.100q: %w", e.Name, err)
+	}
+	if tag.RowsAffected() == 0 {
+		return fmt.Errorf("scheduler: add %.100q: %w", e.Name, ErrExists)
+	}
+	return nil
+}
+
+// SetEnabled enables or disables an entry. The ticks that pass while it is
+// disabled don't count as missed. The error wraps [ErrNotFound].
+func SetEnabled(ctx context.Context, db *dbpool.Pool, name string, enabled bool) error {
+	tag, err := db.Exec(ctx, "UPDATE carpool.schedules SET enabled = $2, problem = NULL WHERE name = $1", name, enabled)
+	if err == nil && tag.RowsAffected() == 0 {
+		err = ErrNotFound
+	}
+	if err != nil {
+		return fmt.Errorf("scheduler: enable or disable %.100q: %w", name, err)
+	}
+	return nil
+}
+
+// Remove deletes an entry and returns its source, as in [Status]. One of the code
+// comes back when a worker starts that has it. The error wraps [ErrNotFound].
+func Remove(ctx context.Context, db *dbpool.Pool, name string) (source string, err error) {
+	err = db.QueryRow(ctx, "DELETE FROM carpool.schedules WHERE name = $1 RETURNING source", name).Scan(&source)
+	if errors.Is(err, pgx.ErrNoRows) {
+		err = ErrNotFound
+	}
+	if err != nil {
+		return "", fmt.Errorf("scheduler: remove %.100q: %w", name, err)
+	}
+	return source, nil
+}
+
+const runNowSQL = `WITH job AS (
+		INSERT INTO carpool.outbox (id, kind, payload, queue, max_retry, timeout, retention)
+		SELECT $2, kind, payload, queue, max_retry, timeout, retention FROM carpool.schedules WHERE name = $1
+		RETURNING id)
+	SELECT id::text, pg_notify('carpool_outbox', '')::text FROM job`
+
+// RunNow enqueues the entry's job at once, enabled or not, and returns the job's
+// id. It is no tick: it changes nothing about those, and overlap does not count
+// it. The error wraps [ErrNotFound].
+func RunNow(ctx context.Context, db *dbpool.Pool, name string) (id string, err error) {
+	v7, err := uuid.NewV7()
+	if err != nil {
+		return "", fmt.Errorf("scheduler: run %.100q: %w", name, err)
+	}
+	err = db.QueryRow(ctx, runNowSQL, name, v7.String()).Scan(&id, new(string))
+	if errors.Is(err, pgx.ErrNoRows) {
+		err = ErrNotFound
+	}
+	if err != nil {
+		return "", fmt.Errorf("scheduler: run %.100q: %w", name, err)
+	}
+	return id, nil
+}
+
+// Status is an entry as carpool.schedules has it, and how far it is.
+type Status struct {
+	Name     string  `json:"name"`
+	Cron     string  `json:"cron"`
+	TimeZone string  `json:"time_zone"`
+	Kind     string  `json:"kind"`
+	Queue    string  `json:"queue,omitempty"` // "": the kind's own
+	Missed   Missed  `json:"missed"`
+	Overlap  Overlap `json:"overlap"`
+	Enabled  bool    `json:"enabled"`
+	// Source is "code" for an entry that a program brings along, else "table".
+	Source string `json:"source"`
+	// LastTick is the last tick that was enqueued, and LastJob the job's id; zero
+	// if there was none.
+	LastTick time.Time `json:"last_tick,omitzero"`
+	LastJob  string    `json:"last_job,omitempty"`
+	// NextTick is zero for an entry that is disabled, or can't be read.
+	NextTick time.Time `json:"next_tick,omitzero"`
+	// Problem is why the entry is not run; "" if nothing is known of any.
+	Problem string `json:"problem,omitempty"`
+}
+
+// List returns all entries by name.
+func List(ctx context.Context, db *dbpool.Pool) ([]Status, error) {
+	query, err := db.Query(ctx, fmt.Sprintf(selectRows, "clock_timestamp()", "LEFT", "ORDER BY s.name"))
+	if err != nil {
+		return nil, fmt.Errorf("scheduler: list: %w", err)
+	}
+	rows, err := pgx.CollectRows(query, scanRow)
+	if err != nil {
+		return nil, fmt.Errorf("scheduler: list: %w", err)
+	}
+	list := make([]Status, len(rows))
+	for i := range rows {
+		r := &rows[i]
+		list[i] = Status{
+			Name: r.name, Cron: r.cron, TimeZone: r.zone, Kind: r.kind, Queue: textOf(r.queue), Missed: r.missed, Overlap: r.overlap,
+			Enabled: r.enabled, Source: r.source, LastJob: textOf(r.jobID), Problem: textOf(r.problem),
+		}
+		if r.firedTick != nil {
+			list[i].LastTick = r.firedTick.UTC()
+		}
+		schedule, err := ParseSchedule(r.cron, r.zone)
+		if err != nil {
+			list[i].Problem = clean(err)
+		} else if r.enabled {
+			list[i].NextTick = schedule.Next(later(r.now, r.position().since()))
+		}
+	}
+	return list, nil
+}

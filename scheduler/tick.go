@@ -1,0 +1,425 @@
+package scheduler
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/redis/go-redis/v9"
+
+	"github.com/carpool-go/carpool/tasks"
+)
+
+// registerSQL writes an entry that the program brings along. What an operator
+// decided stays: whether it is enabled, and a row of their own under its name.
+const registerSQL = `INSERT INTO carpool.schedules AS s
+		(name, cron, time_zone, kind, payload, queue, max_retry, timeout, retention, missed, overlap, source)
+	VALUES ($1, $2, $3, $4, $5, $6, $7, make_interval(secs => $8), make_interval(secs => $9), $10, $11, 'code')
+	ON CONFLICT (name) DO UPDATE SET
+		(cron, time_zone, kind, payload, queue, max_retry, timeout, retention, missed, overlap)
+		= (excluded.cron, excluded.time_zone, excluded.kind, excluded.payload, excluded.queue, excluded.max_retry,
+			excluded.timeout, excluded.retention, excluded.missed, excluded.overlap)
+	WHERE s.source = 'code'`
+
+func (d definition) args() []any {
+	return []any{d.name, d.cron, d.zone, d.kind, d.payload, d.queue, d.maxRetry, d.timeout, d.retention, d.missed, d.overlap}
+}
+
+// register writes the entries of the code to the table, in one order, so that
+// instances that start at once don't lock each other out.
+func (s *Scheduler) register(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
+	defer cancel()
+	for _, e := range s.cfg.Entries {
+		tag, err := s.cfg.DB.Exec(ctx, registerSQL, s.code[e.Name].args()...)
+		if err != nil {
+			return fmt.Errorf("scheduler: write entry %q: %w", e.Name, err)
+		}
+		if tag.RowsAffected() == 0 {
+			s.cfg.Log.Warn("carpool.schedules has an entry of the same name as one of the code; the table's counts", "entry", e.Name)
+		}
+	}
+	return nil
+}
+
+// row is an entry with how far it is.
+type row struct {
+	definition
+	enabled            bool
+	source             string
+	changedAt          time.Time
+	problem            *string
+	hasState           bool // in carpool.schedule_state
+	lastTick, waiting  *time.Time
+	firedTick, firedAt *time.Time
+	jobID, jobQueue    *string
+	jobInOutbox        bool
+	now                time.Time
+}
+
+// selectRows reads a job's row in the outbox first, and who uses it asks Redis
+// afterwards: the row is deleted when Redis has the job, so it is in one of them.
+const selectRows = `SELECT s.name, s.cron, s.time_zone, s.kind, s.payload::text, s.queue, s.max_retry,
+		extract(epoch FROM s.timeout)::float8, extract(epoch FROM s.retention)::float8, s.missed, s.overlap,
+		s.enabled, s.source, s.changed_at, s.problem,
+		st.name IS NOT NULL, st.last_tick, st.waiting_tick, st.fired_tick, st.fired_at, st.job_id::text, st.job_queue,
+		EXISTS (SELECT FROM carpool.outbox AS o WHERE o.id = st.job_id AND o.problem IS NULL),
+		%s
+	FROM carpool.schedules AS s %s JOIN carpool.schedule_state AS st USING (name) %s`
+
+func scanRow(r pgx.CollectableRow) (row, error) {
+	var w row
+	err := r.Scan(&w.name, &w.cron, &w.zone, &w.kind, &w.payload, &w.queue, &w.maxRetry, &w.timeout, &w.retention, &w.missed, &w.overlap,
+		&w.enabled, &w.source, &w.changedAt, &w.problem, &w.hasState, &w.lastTick, &w.waiting, &w.firedTick, &w.firedAt, &w.jobID, &w.jobQueue,
+		&w.jobInOutbox, &w.now)
+	return w, err
+}
+
+func (r *row) position() position {
+	p := position{changedAt: r.changedAt}
+	if r.lastTick != nil {
+		p.lastTick = *r.lastTick
+	}
+	if r.waiting != nil {
+		p.waitingTick = *r.waiting
+	}
+	return p
+}
+
+// readEntry is what came of reading a row, until the row changes.
+type readEntry struct {
+	cron, zone, kind, payload string
+
+	schedule Schedule
+	queue    string // the kind's own
+	problem  string // "": none
+	unknown  bool   // the kind is not known here, perhaps elsewhere
+	warned   string // the last problem that was logged
+}
+
+// entry reads what the row says, if it was not read already.
+func (s *Scheduler) entry(r *row) readEntry {
+	e, ok := s.read[r.name]
+	if ok && e.cron == r.cron && e.zone == r.zone && e.kind == r.kind && e.payload == r.payload {
+		return e
+	}
+	e = readEntry{cron: r.cron, zone: r.zone, kind: r.kind, payload: r.payload, warned: e.warned}
+	e.schedule, e.queue, e.unknown, e.problem = readRow(s.cfg.Tasks, r)
+	s.read[r.name] = e
+	return e
+}
+
+func readRow(set *tasks.Set, r *row) (schedule Schedule, queue string, unknown bool, problem string) {
+	schedule, err := ParseSchedule(r.cron, r.zone)
+	if err != nil {
+		return schedule, "", false, clean(err)
+	}
+	task, err := set.Lookup(r.kind)
+	if err != nil {
+		return schedule, "", true, ""
+	}
+	if err := decode(task, r.payload); err != nil {
+		return schedule, "", false, clean(err)
+	}
+	return schedule, task.Options.Queue, false, ""
+}
+
+// decode runs a task's own code, which may panic.
+func decode(task *tasks.Task, payload string) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("%s payload: reading it panicked", task.Kind)
+		}
+	}()
+	_, err = task.Decode([]byte(payload))
+	return err
+}
+
+// clean is the error's text as Postgres takes it.
+func clean(err error) string {
+	return strings.ReplaceAll(strings.ToValidUTF8(err.Error(), "?"), "\x00", "?")
+}
+
+// abandoned is how late a tick of an entry that is left to other instances may
+// be before it is said that there is none to take it.
+const abandoned = time.Minute
+
+// look goes once through the entries, enqueues what is due, and returns how long
+// to wait before the next look. Its error is that of Postgres as a whole.
+func (s *Scheduler) look(ctx context.Context) (time.Duration, error) {
+	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
+	defer cancel()
+	wait := s.cfg.lookEvery
+	query, err := s.cfg.DB.Query(ctx, fmt.Sprintf(selectRows, s.cfg.clock, "LEFT", "ORDER BY s.name"))
+	if err != nil {
+		return wait, fmt.Errorf("scheduler: read carpool.schedules: %w", err)
+	}
+	rows, err := pgx.CollectRows(query, scanRow)
+	if err != nil {
+		return wait, fmt.Errorf("scheduler: read carpool.schedules: %w", err)
+	}
+	s.redisAway = nil
+	shown := make([]shownEntry, 0, len(rows))
+	for i := range rows {
+		r := &rows[i]
+		e := s.entry(r)
+		problem := e.problem
+		if r.enabled && problem == "" {
+			problem, err = s.tick(ctx, r, e)
+			if err != nil {
+				return wait, err
+			}
+		}
+		if err := s.noteProblem(ctx, r, problem); err != nil {
+			return wait, err
+		}
+		next := time.Time{}
+		if r.enabled && e.problem == "" {
+			next = e.schedule.Next(later(r.now, r.position().since()))
+			if in := next.Sub(r.now); !next.IsZero() && in < wait {
+				wait = max(in, 0)
+			}
+		}
+		shown = append(shown, shownEntry{r, e, next})
+	}
+	s.forget(rows)
+	s.page.show(shown)
+	return wait, nil
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}
+
+// forget drops what was read of entries that are gone.
+func (s *Scheduler) forget(rows []row) {
+	if len(s.read) <= len(rows) {
+		return
+	}
+	there := make(map[string]bool, len(rows))
+	for i := range rows {
+		there[rows[i].name] = true
+	}
+	for name := range s.read {
+		if !there[name] {
+			delete(s.read, name)
+		}
+	}
+}
+
+// tick enqueues what is due of an entry. The problem it returns is the entry's
+// own, the error one of Postgres as a whole.
+func (s *Scheduler) tick(ctx context.Context, r *row, e readEntry) (problem string, err error) {
+	p := r.position()
+	next := e.schedule.Next(p.since())
+	isDue := !next.IsZero() && !next.After(r.now)
+	if others, why := s.leftToOthers(r, e); others {
+		if isDue && r.now.Sub(next) > abandoned {
+			return why, nil
+		}
+		return textOf(r.problem), nil
+	}
+	if !isDue && !p.waits() {
+		return "", nil
+	}
+	running := false
+	if r.overlap != OverlapAllow {
+		if running, err = s.unfinished(ctx, r); err != nil {
+			return "overlap: Redis can't say whether the last job has ended: " + clean(err), nil
+		}
+		if running && !isDue {
+			return "", nil
+		}
+	}
+	err = s.fire(ctx, r, e, running)
+	if e, ok := errors.AsType[*pgconn.PgError](err); ok && (strings.HasPrefix(e.Code, "22") || strings.HasPrefix(e.Code, "23")) {
+		return clean(err), nil // the outbox does not take what the entry says
+	}
+	return "", err
+}
+
+func textOf(s *string) string {
+	if s == nil {
+		return ""
+	}
+	return *s
+}
+
+// leftToOthers reports whether the entry is for other instances to run: during a
+// deploy, the old and the new ones don't know the same kinds and entries.
+func (s *Scheduler) leftToOthers(r *row, e readEntry) (bool, string) {
+	if e.unknown {
+		return true, fmt.Sprintf("kind: no running worker knows %.100q; this one knows %s", r.kind, strings.Join(s.cfg.Tasks.Kinds(), ", "))
+	}
+	if _, ok := s.code[r.name]; r.source == "code" && !ok {
+		return true, "no running worker has the entry in its code any more; worker schedule rm removes it"
+	}
+	return false, ""
+}
+
+// unfinished reports whether the entry's last job is queued, runs, or waits for
+// a retry.
+func (s *Scheduler) unfinished(ctx context.Context, r *row) (bool, error) {
+	if r.jobID == nil || r.jobQueue == nil {
+		return false, nil
+	}
+	if r.jobInOutbox {
+		return true, nil
+	}
+	if s.redisAway != nil {
+		return false, s.redisAway
+	}
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	state, err := s.cfg.Redis.HGet(ctx, "asynq:{"+*r.jobQueue+"}:t:"+*r.jobID, "state").Result()
+	if errors.Is(err, redis.Nil) {
+		return false, nil
+	}
+	s.redisAway = err
+	return state != "completed" && state != "archived", err
+}
+
+// askTimeout bounds each question to Redis.
+const askTimeout = 2 * time.Second
+
+const (
+	// beginFire bounds how long an instance that hangs, or was put to sleep,
+	// keeps an entry's row from the others.
+	beginFire = "BEGIN; SET LOCAL idle_in_transaction_session_timeout = '3s'"
+
+	ensureState = `INSERT INTO carpool.schedule_state (name) VALUES ($1) ON CONFLICT DO NOTHING`
+
+	insertJob = `INSERT INTO carpool.outbox (id, kind, payload, queue, max_retry, timeout, retention)
+		VALUES ($1, $2, $3, $4, $5, make_interval(secs => $6), make_interval(secs => $7)) ON CONFLICT (id) DO NOTHING`
+
+	updateState = `UPDATE carpool.schedule_state SET last_tick = $2, waiting_tick = $3,
+		fired_tick = coalesce($4, fired_tick), fired_at = CASE WHEN $4::timestamptz IS NULL THEN fired_at ELSE $5 END,
+		job_id = coalesce($6::text::uuid, job_id), job_queue = coalesce($7, job_queue) WHERE name = $1`
+)
+
+// fire decides the ticks of an entry that are due. The entry's row is locked
+// meanwhile, and the jobs go to the outbox in the same transaction that moves
+// the entry on, so that each tick is decided once, by one instance. It does
+// nothing if another one is at it, or was.
+func (s *Scheduler) fire(ctx context.Context, seen *row, e readEntry, running bool) error {
+	if !seen.hasState {
+		if _, err := s.cfg.DB.Exec(ctx, ensureState, seen.name); err != nil {
+			return fmt.Errorf("scheduler: entry %q: %w", seen.name, err)
+		}
+	}
+	tx, err := s.cfg.DB.BeginTx(ctx, pgx.TxOptions{BeginQuery: beginFire})
+	if err != nil {
+		return fmt.Errorf("scheduler: entry %q: %w", seen.name, err)
+	}
+	defer func() { // also when ctx has ended
+		rollback, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+		defer cancel()
+		_ = tx.Rollback(rollback)
+	}()
+	d, ids, err := s.decideIn(ctx, tx, seen, e, running)
+	if err != nil || d == nil {
+		return err
+	}
+	if err := tx.Commit(ctx); err != nil {
+		return fmt.Errorf("scheduler: entry %q: %w", seen.name, err)
+	}
+	for i, tick := range d.enqueue {
+		s.cfg.Log.Debug("enqueued by the clock", "entry", seen.name, "tick", tick, "job_id", ids[i])
+	}
+	if d.leftOut > 0 {
+		s.cfg.Log.Info("ticks were left out, as the entry's policies say", "entry", seen.name, "ticks", d.leftOut,
+			"missed", seen.missed, "overlap", seen.overlap)
+	}
+	s.page.record(seen.name, ids, seen.now)
+	return nil
+}
+
+func (s *Scheduler) decideIn(ctx context.Context, tx pgx.Tx, seen *row, e readEntry, running bool) (*decision, []uuid.UUID, error) {
+	failed := func(err error) (*decision, []uuid.UUID, error) {
+		return nil, nil, fmt.Errorf("scheduler: entry %q: %w", seen.name, err)
+	}
+	query, err := tx.Query(ctx, fmt.Sprintf(selectRows, s.cfg.clock, "", "WHERE s.name = $1 AND s.enabled FOR UPDATE OF st SKIP LOCKED"), seen.name)
+	if err != nil {
+		return failed(err)
+	}
+	r, err := pgx.CollectExactlyOneRow(query, scanRow)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return nil, nil, nil // another instance has it, or somebody has just disabled it
+	}
+	if err != nil {
+		return failed(err)
+	}
+	if s.cfg.locked != nil {
+		s.cfg.locked(ctx, seen.name)
+	}
+	changed := r.cron != seen.cron || r.zone != seen.zone || r.kind != seen.kind || r.payload != seen.payload || r.source != seen.source
+	if changed || r.overlap != OverlapAllow && (r.overlap != seen.overlap || textOf(r.jobID) != textOf(seen.jobID)) {
+		return nil, nil, nil // what was found out before no longer holds; the next look goes by the new
+	}
+	before := r.position()
+	d := decide(e.schedule, r.missed, r.overlap, before, r.now, running)
+	if len(d.enqueue) == 0 && d.next == before {
+		return nil, nil, nil
+	}
+	changes := new(pgx.Batch)
+	ids := make([]uuid.UUID, len(d.enqueue))
+	var fired *time.Time
+	var jobID, jobQueue *string
+	for i, tick := range d.enqueue {
+		ids[i] = tickID(r.name, tick)
+		id := ids[i].String()
+		changes.Queue(insertJob, id, r.kind, r.payload, r.queue, r.maxRetry, r.timeout, r.retention)
+		fired, jobID, jobQueue = &d.enqueue[i], &id, &e.queue
+	}
+	if fired != nil && r.queue != nil {
+		jobQueue = r.queue
+	}
+	changes.Queue(updateState, r.name, unlessZero(d.next.lastTick), unlessZero(d.next.waitingTick), fired, r.now, jobID, jobQueue)
+	if fired != nil {
+		changes.Queue("SELECT pg_notify('carpool_outbox', '')")
+	}
+	if err := tx.SendBatch(ctx, changes).Close(); err != nil {
+		return failed(err)
+	}
+	return &d, ids, nil
+}
+
+func unlessZero(t time.Time) *time.Time {
+	if t.IsZero() {
+		return nil
+	}
+	return &t
+}
+
+const setProblem = `UPDATE carpool.schedules SET problem = $2 WHERE name = $1 AND problem IS DISTINCT FROM $2
+	AND (cron, time_zone, kind, payload) = ($3, $4, $5, $6::jsonb)`
+
+// noteProblem writes a problem to the entry's row, and logs it once.
+func (s *Scheduler) noteProblem(ctx context.Context, r *row, problem string) error {
+	if e := s.read[r.name]; e.warned != problem {
+		if problem != "" {
+			s.cfg.Log.Warn("an entry of carpool.schedules can't be run", "entry", r.name, "problem", problem)
+		}
+		e.warned = problem
+		s.read[r.name] = e
+	}
+	if textOf(r.problem) == problem {
+		return nil
+	}
+	var value *string
+	if problem != "" {
+		value = &problem
+	}
+	if _, err := s.cfg.DB.Exec(ctx, setProblem, r.name, value, r.cron, r.zone, r.kind, r.payload); err != nil {
+		return fmt.Errorf("scheduler: entry %q: write its problem: %w", r.name, err)
+	}
+	return nil
+}
