@@ -252,6 +252,9 @@ func (f *faults) queues(value string) map[string]int {
 		if !queueName.MatchString(queue) {
 			f.add(name, fmt.Sprintf("has a queue %q; a queue's name is made of letters, digits, and _ . : -", queue), example)
 		}
+		if strings.HasPrefix(queue, instanceQueuePrefix) {
+			f.add(name, fmt.Sprintf("has a queue %q; names that begin with %s are the instances' own", queue, instanceQueuePrefix), example)
+		}
 		if _, twice := queues[queue]; twice {
 			f.add(name, fmt.Sprintf("names the queue %q twice", queue), example)
 		}

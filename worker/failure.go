@@ -14,14 +14,14 @@ import (
 )
 
 // postponedError is returned for a job that could not be run for a reason that is
-// not its own. It uses up no try.
+// not its own. It uses up no try. It does not wrap err, which may be one that asynq
+// would archive the job for.
 type postponedError struct {
 	err   error
 	delay time.Duration // before it is delivered again
 }
 
 func (e *postponedError) Error() string { return e.err.Error() }
-func (e *postponedError) Unwrap() error { return e.err }
 
 // postponeDelay spreads what was postponed together.
 const postponeDelay = 3 * time.Second

@@ -32,6 +32,9 @@ type frame struct {
 	// must stop because the worker does.
 	ending context.Context
 
+	// beat shows this instance's figures to the others; nil: it doesn't.
+	beat func(context.Context)
+
 	runs runs
 	// behind are goroutines that finish what a job's end began.
 	behind sync.WaitGroup
@@ -92,6 +95,9 @@ func (f *frame) ProcessTask(asynqCtx context.Context, t *asynq.Task) error {
 		}
 	}
 	f.record(job, outcome, time.Since(started), usage, err)
+	if f.beat != nil && job.Kind == (tasks.PoolValidate{}).Kind() {
+		f.beat(asynqCtx)
+	}
 	switch outcome {
 	case outcomeArchived:
 		return tasks.Permanent(err) // asynq has been told of one retry more
@@ -191,7 +197,7 @@ const (
 func (f *frame) attempt(ctx context.Context, job *tasks.Job, counted bool, data []byte, borrower *dbpool.Borrower) ([]byte, error) {
 	task, err := f.tasks.Lookup(job.Kind)
 	if err != nil {
-		return nil, err
+		return nil, f.unknown(ctx, job, err)
 	}
 	payload, err := task.Decode(data)
 	if err != nil {
@@ -238,6 +244,19 @@ func (f *frame) attempt(ctx context.Context, job *tasks.Job, counted bool, data 
 			return nil, postponed(err) // a new delivery has its whole time again
 		}
 	}
+}
+
+// unknown postpones a job whose kind a newer worker knows, as there is one during
+// a deploy: each writes down its kinds when it starts, if nobody has within the hour.
+// Else the job can't be run.
+func (f *frame) unknown(ctx context.Context, job *tasks.Job, err error) error {
+	var known bool
+	e := f.db.QueryRow(ctx, "SELECT EXISTS (SELECT FROM carpool.kinds WHERE kind = $1 AND seen_at > now() - interval '2 hours')",
+		job.Kind).Scan(&known)
+	if e != nil || known {
+		return postponed(fmt.Errorf("%w; another worker may", err))
+	}
+	return err
 }
 
 // mayRun refuses a job that has used up its tries without having ended: its

@@ -19,14 +19,16 @@ const (
 )
 
 type cli struct {
-	Run     runCmd     `cmd:"" default:"withargs" help:"Pull jobs and run them until SIGTERM or SIGINT. This is the default."`
-	Enqueue enqueueCmd `cmd:"" help:"Put a job on its queue and print its id."`
-	Cancel  cancelCmd  `cmd:"" help:"Cancel a job: one that waits is removed, one that runs is stopped and not run again."`
-	Archive archiveCmd `cmd:"" help:"Jobs that were given up: look at them, put them back, delete them."`
-	Kinds   kindsCmd   `cmd:"" help:"Show the kinds of job, the fields of their payloads, and an example of each."`
-	Migrate migrateCmd `cmd:"" help:"Bring carpool's tables in the database up to date."`
-	Config  configCmd  `cmd:"" help:"Show the settings that are in effect, with secrets left out."`
-	Version versionCmd `cmd:"" help:"Show the version."`
+	Run      runCmd      `cmd:"" default:"withargs" help:"Pull jobs and run them until SIGTERM or SIGINT. This is the default."`
+	Enqueue  enqueueCmd  `cmd:"" help:"Put a job on its queue and print its id."`
+	Cancel   cancelCmd   `cmd:"" help:"Cancel a job: one that waits is removed, one that runs is stopped and not run again."`
+	Archive  archiveCmd  `cmd:"" help:"Jobs that were given up: look at them, put them back, delete them."`
+	Schedule scheduleCmd `cmd:"" help:"Jobs that go by the clock: look at them, change them."`
+	Status   statusCmd   `cmd:"" help:"Show the instances, the queues and the outbox."`
+	Kinds    kindsCmd    `cmd:"" help:"Show the kinds of job, the fields of their payloads, and an example of each."`
+	Migrate  migrateCmd  `cmd:"" help:"Bring carpool's tables in the database up to date."`
+	Config   configCmd   `cmd:"" help:"Show the settings that are in effect, with secrets left out."`
+	Version  versionCmd  `cmd:"" help:"Show the version."`
 }
 
 func main() { os.Exit(program(os.Args[1:], tasks.Builtin)) }

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/hibiken/asynq"
+	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/internal/schema"
 	"github.com/carpool-go/carpool/internal/testservers"
@@ -26,6 +27,7 @@ func TestMain(m *testing.M) {
 	if os.Getenv("CARPOOL_CHAOS_WORKER") != "" {
 		os.Exit(chaosWorker())
 	}
+	redis.SetLogger(redisLog{discard()})
 	dir, err := os.MkdirTemp("", "carpool-worker-test-*")
 	if err != nil {
 		panic(err)

@@ -278,3 +278,32 @@ func TestAck_ArrivesAlthoughRedisIsAwayWhenTheJobEnds(t *testing.T) {
 		})
 	}
 }
+
+func TestFrame_KindThatANewerWorkerKnowsIsLeftToIt(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	info, err := b.client.Enqueue(t.Context(), probe{"x"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	newer := new(tasks.Set)
+	tasks.Register(newer, func(_ context.Context, _ *tasks.Job, p probe) (string, error) { return p.Word, nil })
+	conn, err := pgx.Connect(t.Context(), b.databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.Background())
+	if err := tasks.RecordKinds(t.Context(), conn, newer); err != nil {
+		t.Fatal(err)
+	}
+	older := b.runFrame(t, b, func(*tasks.Set) {})
+	if job := older.records(t, 1)[0]["job"].(map[string]any); job["outcome"] != outcomePostponed {
+		t.Errorf("the older worker's record is %v", job)
+	}
+	b.runFrame(t, b, func(s *tasks.Set) {
+		tasks.Register(s, func(_ context.Context, _ *tasks.Job, p probe) (string, error) { return p.Word, nil })
+	})
+	if result, err := b.wait(t, info); string(result) != `"x"` || err != nil {
+		t.Errorf("result %s, error %v", result, err)
+	}
+}

@@ -54,6 +54,7 @@ func (r *runCmd) Run(kinds kindsOf) error {
 	err = r.work(ctx, cfg, kinds(cfg.tasks), log)
 	switch {
 	case err == nil:
+		log.Info("worker stopped")
 		return nil
 	case ctx.Err() != nil:
 		log.Info("stopped before it had started", "error", err)
@@ -116,8 +117,12 @@ func (r *runCmd) work(ctx context.Context, cfg config, set *tasks.Set, log *slog
 	warnOfEviction(ctx, rdb, log)
 	warnOfBudget(ctx, db, log)
 
-	instance := instanceName()
-	queue := "instance-" + instance
+	if err := tasks.RecordKinds(ctx, db, set); err != nil {
+		return err
+	}
+
+	name := instanceName()
+	queue := instanceQueue(name)
 	client := tasks.NewClient(rdb)
 	inspector := asynq.NewInspectorFromRedisClient(rdb)
 	ending, end := context.WithCancelCause(context.Background())
@@ -125,6 +130,28 @@ func (r *runCmd) work(ctx context.Context, cfg config, set *tasks.Set, log *slog
 	gate := newGate(db, cfg.concurrency, log)
 	defer gate.stop()
 	f := &frame{tasks: set, client: client, inspector: inspector, db: db, gate: gate, log: log, ending: ending}
+	defer f.behind.Wait()
+	defer end(errEnding)
+
+	host, _ := os.Hostname()
+	fleet := &fleet{
+		rdb: rdb, log: log, running: f.runs.len, pool: db.Stats, away: gate.isShut,
+		self: instance{
+			Name: name, Version: version(), Host: host, PID: os.Getpid(), Started: time.Now().UTC(),
+			Queues: cfg.queues, OwnQueue: queue, Hands: cfg.concurrency, Fetchers: cfg.fetchers,
+		},
+	}
+	fleet.start()
+	defer fleet.stop()
+	f.beat = fleet.beat
+	relay, err := startRelay(relayConfig{db: cfg.pool, set: set, client: client, log: log})
+	if err != nil {
+		return err
+	}
+	defer relay.stop()
+	rescue := startRescue(rdb, sortedNames(cfg.queues), leaseStill, log)
+	defer rescue.stop()
+
 	serversRedis, err := tasks.OpenRedis(cfg.redisURL)
 	if err != nil {
 		return err
@@ -135,40 +162,43 @@ func (r *runCmd) work(ctx context.Context, cfg config, set *tasks.Set, log *slog
 	if err != nil {
 		return err
 	}
-	rescue := startRescue(rdb, sortedNames(cfg.queues), leaseStill, log)
-	defer rescue.stop()
-	log.Info("worker started", "version", version(), "instance", instance,
+	defer servers.stop()
+	log.Info("worker started", "version", version(), "instance", name,
 		"queues", r.Queues, "concurrency", cfg.concurrency, "fetchers", cfg.fetchers,
 		"pool_size", cfg.pool.Size, "max_overflow", cfg.pool.MaxOverflow)
 
 	if r.Burst {
-		untilIdle(ctx, inspector, cfg.queues, f, log)
-		servers.stop()
+		untilIdle(ctx, relay, inspector, cfg.queues, f, log)
 	} else {
 		clock, err := scheduler.Start(scheduler.Config{
+			DB: db, Tasks: set, Redis: rdb, Entries: entries(),
 			Client: client, Queue: queue, ValidateEvery: cfg.validateEvery, Log: log,
 		})
 		if err != nil {
-			servers.stop()
 			return err
 		}
+		defer clock.Stop()
 		<-ctx.Done()
-		clock.Stop()
-		servers.stop()
 	}
-	end(errEnding)
-	f.behind.Wait()
-	if err := inspector.DeleteQueue(queue, true); err != nil && !errors.Is(err, asynq.ErrQueueNotFound) {
-		log.Warn("the instance's own queue could not be removed", "queue", queue, "error", err)
-	}
-	log.Info("worker stopped")
 	return nil
 }
 
-// untilIdle returns when nothing is queued, due or running, or ctx is done. It
-// wants to see that twice, since a job that was just fetched is for a moment
-// neither queued nor running.
-func untilIdle(ctx context.Context, inspector *asynq.Inspector, queues map[string]int, f *frame, log *slog.Logger) {
+// entries are the schedules that every worker brings along.
+func entries() []scheduler.Entry {
+	return []scheduler.Entry{
+		{Name: "carpool-prune", Cron: "17 * * * *", Payload: tasks.Prune{}, Overlap: scheduler.OverlapSkip},
+	}
+}
+
+// untilIdle returns when nothing is queued, due or running, once what was in the
+// outbox has come to the queues; or when ctx is done. It wants to see that twice,
+// since a job that was just fetched is for a moment neither queued nor running.
+func untilIdle(ctx context.Context, relay *relay, inspector *asynq.Inspector, queues map[string]int, f *frame, log *slog.Logger) {
+	select {
+	case <-ctx.Done():
+		return
+	case <-relay.caughtUp:
+	}
 	tick := time.NewTicker(2 * idleCheck)
 	defer tick.Stop()
 	for seen := 0; seen < 2; {

@@ -384,6 +384,7 @@ func TestEnqueue_EveryBuiltInKindRunsEndToEnd(t *testing.T) {
 		{"webhook:deliver", `{"url":"` + w.URL + `","event":"city.added","body":{"zip":"00501"}}`, `"status":204`},
 		{"rows:prune", `{"table":"carpool.webhook_deliveries","column":"delivered_at","older_than":"1h"}`, `"deleted":0`},
 		{"pool:validate", `{}`, `"checked":`},
+		{"carpool:prune", `{}`, `"jobs":0`},
 	} {
 		stdout, stderr, code := run(t, b.worker(t, nil, "enqueue", c.kind, c.payload, "--wait"))
 		id, result, _ := strings.Cut(stdout, "\n")
@@ -433,7 +434,8 @@ func TestEnqueue_FlagsDoWhatTheySay(t *testing.T) {
 	if info := enqueue("--at", "2099-01-02T03:04:05Z"); !info.NextProcessAt.Equal(time.Date(2099, 1, 2, 3, 4, 5, 0, time.UTC)) {
 		t.Errorf("--at: %+v", info)
 	}
-	if info := enqueue("--max-retry", "7"); info.MaxRetry != 7 {
+	info := enqueue("--max-retry", "7")
+	if n, ok := tasks.MaxRetry(info.Headers); n != 7 || !ok {
 		t.Errorf("--max-retry 7: %+v", info)
 	}
 	first := enqueue("--unique", "nightly")

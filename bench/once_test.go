@@ -1,0 +1,84 @@
+package bench
+
+import (
+	"context"
+	"log/slog"
+	"net/url"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+
+	"github.com/carpool-go/carpool/dbpool"
+	"github.com/carpool-go/carpool/internal/schema"
+	"github.com/carpool-go/carpool/internal/testservers"
+	"github.com/carpool-go/carpool/tasks"
+)
+
+type insert struct{}
+
+func (insert) Kind() string           { return "bench:insert" }
+func (insert) Options() tasks.Options { return tasks.Options{} }
+func (insert) Validate() error        { return nil }
+
+// BenchmarkOnce shows what it costs that a job's effect happens once: the same
+// insert in a transaction that the handler makes itself, and in the worker's; on
+// this machine, and with a database that is a millisecond away.
+func BenchmarkOnce(b *testing.B) {
+	log := slog.New(slog.DiscardHandler)
+	if err := schema.Migrate(b.Context(), databaseURL, log); err != nil {
+		b.Fatal(err)
+	}
+	server, err := url.Parse(databaseURL)
+	if err != nil {
+		b.Fatal(err)
+	}
+	far := testservers.NewProxy(b, server.Host)
+	far.Delay(500 * time.Microsecond) // each way
+	server.Host = far.Addr()
+
+	effect := func(ctx context.Context, tx pgx.Tx) error {
+		_, err := tx.Exec(ctx, "INSERT INTO effects VALUES ($1)", 1)
+		return err
+	}
+	var own, once tasks.Set
+	tasks.Register(&own, func(ctx context.Context, job *tasks.Job, _ insert) (any, error) {
+		return nil, pgx.BeginFunc(ctx, job.DB, func(tx pgx.Tx) error { return effect(ctx, tx) })
+	})
+	tasks.RegisterTx(&once, func(ctx context.Context, _ *tasks.Job, tx pgx.Tx, _ insert) (any, error) {
+		return nil, effect(ctx, tx)
+	})
+	for _, c := range []struct {
+		name, url string
+		set       *tasks.Set
+	}{
+		{"here/own", databaseURL, &own},
+		{"here/once", databaseURL, &once},
+		{"away/own", server.String(), &own},
+		{"away/once", server.String(), &once},
+	} {
+		b.Run(c.name, func(b *testing.B) {
+			cfg := dbpool.DefaultConfig(c.url)
+			cfg.Logger = log
+			db, err := dbpool.Open(b.Context(), cfg)
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer db.Close()
+			if _, err := db.Exec(b.Context(), "CREATE TABLE IF NOT EXISTS effects (n int)"); err != nil {
+				b.Fatal(err)
+			}
+			task, err := c.set.Lookup("bench:insert")
+			if err != nil {
+				b.Fatal(err)
+			}
+			for b.Loop() {
+				job := &tasks.Job{ID: uuid.Must(uuid.NewV7()).String(), Kind: task.Kind, Queue: "default", DB: db, Log: log}
+				if _, err := task.Run(b.Context(), job, insert{}); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
