@@ -4,7 +4,7 @@ VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 GOFUMPT := go run mvdan.cc/gofumpt@v0.12.0
 STATICCHECK := go run honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
-.PHONY: help dev test lint build
+.PHONY: help dev test chaos lint build
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,6 +16,12 @@ test: ## Install the servers that are missing, then vet and test everything on r
 	./scripts/install-test-servers.sh
 	go vet ./...
 	go test -race -count=1 ./...
+
+CHAOS := -chaos.mode=all -chaos.long -chaos.jobs=50000 -chaos.time=5m
+
+chaos: ## Break everything at random for half an hour, with carpool's protection and without; CHAOS=… for other flags
+	./scripts/install-test-servers.sh
+	go test -count=1 -timeout 60m ./worker -run TestChaos -v $(CHAOS)
 
 lint: ## Check the format and look for faults without running anything
 	@unformatted="$$($(GOFUMPT) -l .)" && if [ -n "$$unformatted" ]; then \

@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
+
 	. "github.com/carpool-go/carpool/tasks" // so that the task reads as in its own file
 	"github.com/carpool-go/carpool/tasks/taskstest"
 )
@@ -37,6 +39,16 @@ func (g Greet) Validate() error {
 func HandleGreet(ctx context.Context, job *Job, g Greet) (greeting string, err error) {
 	err = job.DB.QueryRow(ctx, "SELECT 'Hello, ' || $1 || '!'", g.Name).Scan(&greeting)
 	return greeting, err
+}
+
+// README:end
+
+// README:transactional
+
+// RegisterTx(s, HandleWelcome)
+func HandleWelcome(ctx context.Context, job *Job, tx pgx.Tx, g Greet) (any, error) {
+	_, err := tx.Exec(ctx, "UPDATE guests SET greeted = greeted + 1 WHERE name = $1", g.Name)
+	return nil, err
 }
 
 // README:end
@@ -75,6 +87,26 @@ func TestREADME_ShowsTheTaskThatIsTestedHereInUnder25Lines(t *testing.T) {
 	}
 	if n := strings.Count(string(block[0]), "\n") - 1; n >= 25 {
 		t.Errorf("a new task takes %d lines in README.md", n)
+	}
+	_, rest, _ = strings.Cut(string(source), "// README:transactional\n\n")
+	want, _, _ = strings.Cut(rest, "\n// README:end")
+	if !strings.Contains(string(readme), "```go\n"+want+"```") {
+		t.Errorf("README.md does not show the transactional task that is tested:\n%s", want)
+	}
+}
+
+func TestHandleWelcome_CountsAGuestOnce(t *testing.T) {
+	t.Parallel()
+	kit := taskstest.New(t)
+	if _, err := kit.DB.Exec(t.Context(), "CREATE TABLE guests AS SELECT 'Ada' AS name, 0 AS greeted"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := taskstest.RunTx(t, kit, HandleWelcome, Greet{Name: "Ada"}); err != nil {
+		t.Fatal(err)
+	}
+	var greeted int
+	if err := kit.DB.QueryRow(t.Context(), "SELECT greeted FROM guests").Scan(&greeted); err != nil || greeted != 1 {
+		t.Errorf("greeted %d times, error %v", greeted, err)
 	}
 }
 

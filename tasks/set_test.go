@@ -121,7 +121,7 @@ func FuzzTask_DecodeNeverPanicsAndNeverShowsValues(f *testing.F) {
 func TestSet_UnknownKindNamesTheKnownOnes(t *testing.T) {
 	t.Parallel()
 	_, err := tasks.Builtin(tasks.Config{}).Lookup("csv:imprt")
-	want := `unknown kind "csv:imprt": this worker knows csv:import, pool:validate, rows:prune, webhook:deliver`
+	want := `unknown kind "csv:imprt": this worker knows carpool:prune, csv:import, pool:validate, rows:prune, webhook:deliver`
 	if !errors.Is(err, tasks.ErrUnknownKind) || !tasks.IsPermanent(err) || err.Error() != want {
 		t.Errorf("error %q, want %q", err, want)
 	}

@@ -275,6 +275,7 @@ func warnOfBudget(ctx context.Context, db *dbpool.Pool, log *slog.Logger) {
 	if err != nil {
 		return // a pooler, or a role that may not look, doesn't tell
 	}
+	budget.PerInstance++ // the relay's
 	if warning := budget.Warning(1); warning != "" {
 		log.Warn("the database may run out of connections", "why", warning)
 	}
