@@ -64,12 +64,6 @@ type Scheduler struct {
 // due at once. The error names the entry and the field that are wrong; servers
 // that are away are none, they are waited for.
 func Start(cfg Config) (*Scheduler, error) {
-	if cfg.DB == nil && cfg.Client != nil { // UNTIL WIRED
-		ctx, cancel := context.WithCancel(context.Background())
-		s := &Scheduler{cfg: cfg, cancel: cancel}
-		s.done.Go(func() { s.validateOwnPool(ctx) })
-		return s, nil
-	}
 	s, err := prepare(cfg)
 	if err != nil {
 		return nil, err

@@ -44,8 +44,15 @@ func (s *Scheduler) register(ctx context.Context) error {
 			s.cfg.Log.Warn("carpool.schedules has an entry of the same name as one of the code; the table's counts", "entry", e.Name)
 		}
 	}
+	if _, err := s.cfg.DB.Exec(ctx, forgetSQL); err != nil {
+		return fmt.Errorf("scheduler: prune carpool.schedule_state: %w", err)
+	}
 	return nil
 }
+
+// forgetSQL deletes how far entries were that have been gone for long.
+const forgetSQL = `DELETE FROM carpool.schedule_state AS st WHERE last_tick < now() - interval '7 days'
+	AND NOT EXISTS (SELECT FROM carpool.schedules AS s WHERE s.name = st.name)`
 
 // row is an entry with how far it is.
 type row struct {

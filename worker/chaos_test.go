@@ -32,8 +32,8 @@ import (
 )
 
 var (
-	chaosJobs = flag.Int("chaos.jobs", 1500, "jobs, half of them enqueued in SQL transactions of which a third are rolled back")
-	chaosTime = flag.Duration("chaos.time", 20*time.Second, "how long jobs are enqueued and things broken")
+	chaosJobs = flag.Int("chaos.jobs", 1000, "jobs, half of them enqueued in SQL transactions of which a third are rolled back")
+	chaosTime = flag.Duration("chaos.time", 15*time.Second, "how long jobs are enqueued and things broken")
 	chaosMode = flag.String("chaos.mode", protected, "protected, unprotected (the handler's own transaction), plain (asynq and pgx alone), or all")
 	chaosSeed = flag.Uint64("chaos.seed", 0, "the same faults as in another run; 0 draws one")
 	chaosLong = flag.Bool("chaos.long", false, "some faults outlast a job's lease")

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"regexp"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -263,6 +264,17 @@ func TestAck_ArrivesAlthoughRedisIsAwayWhenTheJobEnds(t *testing.T) {
 					ended <- struct{}{}
 					return nil, nil
 				})
+			})
+			// asynq waits without an end for the answer to its subscription, and can't
+			// be shut down meanwhile.
+			rdb := b.redis(t)
+			db, err := url.Parse(b.redisURL)
+			if err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, "the three servers have subscribed", func() bool {
+				clients := rdb.ClientList(t.Context()).Val()
+				return len(regexp.MustCompile(` db=`+strings.Trim(db.Path, "/")+` sub=1 `).FindAllString(clients, -1)) == 3
 			})
 			info := f.enqueue(t, "x", nil)
 			<-ended

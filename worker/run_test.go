@@ -456,7 +456,7 @@ func TestEnqueue_WrongUseIsOneClearMessageAndExitCode2(t *testing.T) {
 		args []string
 		want string
 	}{
-		{[]string{"csv:imprt", "{}"}, `unknown kind "csv:imprt": this program knows csv:import, pool:validate`},
+		{[]string{"csv:imprt", "{}"}, `unknown kind "csv:imprt": this program knows carpool:prune, csv:import, pool:validate`},
 		{[]string{"csv:import", `{"source":"https://example.com/x.csv"`}, "csv:import payload: it is cut off"},
 		{[]string{"csv:import", `{"tabel":"x"}`}, `unknown field "tabel": the fields are source, table, mode; for example: worker enqueue csv:import '{"source"`},
 		{[]string{"pool:validate"}, "json"},
