@@ -43,7 +43,8 @@ func parseRedisURL(rawURL string) (*redis.UniversalOptions, error) {
 		return nil, errors.New("it can't be parsed; special characters in the password must be %-encoded")
 	}
 	opts := &redis.UniversalOptions{
-		Username: u.User.Username(),
+		Username:              u.User.Username(),
+		ContextTimeoutEnabled: true, // a command ends with its context
 		// What a hosted Redis offers for its own maintenance is not needed
 		// here, and a plain one answers it with an error.
 		DisableIdentity:          true,

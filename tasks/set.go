@@ -10,6 +10,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"time"
 )
 
 // Set is the kinds of job that a worker can run. The zero value is empty and
@@ -217,7 +218,7 @@ func fieldsOf(t reflect.Type) []Field {
 		fields = append(fields, Field{
 			Name:     name,
 			Type:     jsonType(f.Type),
-			Optional: strings.Contains(rest, "omitempty") || strings.Contains(rest, "omitzero"),
+			Optional: strings.Contains(rest, "omitempty") || strings.Contains(rest, "omitzero") || f.Type.Kind() == reflect.Pointer,
 			Doc:      f.Tag.Get("doc"),
 			Example:  example,
 		})
@@ -227,7 +228,9 @@ func fieldsOf(t reflect.Type) []Field {
 
 func jsonType(t reflect.Type) string {
 	switch {
-	case t == reflect.TypeFor[json.RawMessage]():
+	case t == reflect.TypeFor[time.Time]():
+		return "string"
+	case t.Implements(reflect.TypeFor[json.Marshaler]()), reflect.PointerTo(t).Implements(reflect.TypeFor[json.Marshaler]()):
 		return "any JSON"
 	case t.Implements(reflect.TypeFor[interface{ MarshalText() ([]byte, error) }]()):
 		return "string"
