@@ -315,15 +315,3 @@ func (a *archive) retry(ctx context.Context, job *asynq.TaskInfo) error {
 	}
 	return err
 }
-
-type cancelCmd struct {
-	ID string `arg:"" help:"The job's id."`
-
-	redisSettings `embed:""`
-}
-
-func (c *cancelCmd) Run() error {
-	return c.withArchive(func(ctx context.Context, a *archive) error {
-		return tasks.NewClient(a.rdb).Cancel(ctx, c.ID)
-	})
-}

@@ -97,18 +97,3 @@ func TestArchive_ShowsWhatIsThereAndWhyAndPutsItBackOrDeletesIt(t *testing.T) {
 		return err != nil || info.State != asynq.TaskStatePending
 	})
 }
-
-func TestCancel_CommandSaysWhatThereIsToSay(t *testing.T) {
-	t.Parallel()
-	b := setup(t)
-	info, err := b.client.Enqueue(t.Context(), probe{"x"}, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, errs, code := run(t, b.worker(t, nil, "cancel", info.ID)); code != 0 {
-		t.Errorf("exit code %d: %s", code, errs)
-	}
-	if _, errs, code := run(t, b.worker(t, nil, "cancel", info.ID)); code != 1 || !strings.Contains(errs, "there is no such job") {
-		t.Errorf("cancelled twice: exit code %d: %s", code, errs)
-	}
-}

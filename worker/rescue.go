@@ -28,7 +28,8 @@ type rescue struct {
 	log    *slog.Logger
 	still  time.Duration // how long a lease must have stayed the same
 
-	seen   map[string]lease // of active jobs, by queue and id
+	seen   map[string]lease     // of active jobs, by queue and id
+	warned map[string]time.Time // by queue: when its archive was last said to be nearly full
 	cancel context.CancelFunc
 	done   sync.WaitGroup
 }
@@ -47,7 +48,7 @@ const (
 
 func startRescue(rdb redis.UniversalClient, queues []string, still time.Duration, log *slog.Logger) *rescue {
 	ctx, cancel := context.WithCancel(context.Background())
-	r := &rescue{rdb: rdb, queues: queues, log: log, still: still, seen: make(map[string]lease), cancel: cancel}
+	r := &rescue{rdb: rdb, queues: queues, log: log, still: still, seen: make(map[string]lease), warned: make(map[string]time.Time), cancel: cancel}
 	r.done.Go(func() { r.run(ctx) })
 	return r
 }
@@ -87,8 +88,14 @@ func (r *rescue) look(ctx context.Context, queue string, found map[string]lease)
 	pipe := r.rdb.Pipeline()
 	active := pipe.LRange(ctx, asynqKey(queue, "active"), 0, -1)
 	leases := pipe.ZRangeWithScores(ctx, asynqKey(queue, "lease"), 0, -1)
+	archived := pipe.ZCard(ctx, asynqKey(queue, "archived"))
 	if _, err := pipe.Exec(ctx); err != nil {
 		return err
+	}
+	if n := archived.Val(); n >= archiveWarning && time.Since(r.warned[queue]) > time.Hour {
+		r.warned[queue] = time.Now()
+		r.log.Warn("the archive of a queue is nearly full, and asynq then drops the oldest jobs; see: worker archive ls",
+			"queue", queue, "archived", n, "limit", archiveLimit)
 	}
 	until := make(map[string]string)
 	for _, z := range leases.Val() {

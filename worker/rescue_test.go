@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"log/slog"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -91,6 +92,23 @@ func TestRescue_JobOfALivingWorkerIsLeftAlone(t *testing.T) {
 	if runs.Load() != 1 {
 		t.Errorf("it ran %d times", runs.Load())
 	}
+}
+
+func TestRescue_SaysThatAnArchiveIsNearlyFull(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	rdb := b.redis(t)
+	var jobs []redis.Z
+	for i := range archiveWarning {
+		jobs = append(jobs, redis.Z{Score: float64(i), Member: i})
+	}
+	if err := rdb.ZAdd(t.Context(), asynqKey("default", "archived"), jobs...).Err(); err != nil {
+		t.Fatal(err)
+	}
+	log := newLogBuffer()
+	r := startRescue(rdb, []string{"default"}, time.Second, slog.New(slog.NewJSONHandler(log, nil)))
+	defer r.stop()
+	log.wait(t, "the archive of a queue is nearly full")
 }
 
 func TestFrame_JobThatKillsItsWorkersEndsInTheArchive(t *testing.T) {
