@@ -33,7 +33,8 @@ func NewClient(rdb redis.UniversalClient) *Client {
 type EnqueueOptions struct {
 	// ID is the job's id, if its enqueuer wants to choose it; "" means a new UUID
 	// of version 7. Enqueueing an id that the queue has already does nothing and
-	// is no error, so a call that got no answer may be repeated. Ids of jobs that
+	// is no error, so a call that got no answer may be repeated; if the queue's is
+	// a job of another kind, it is an error. Ids of jobs that
 	// have ended, and are not retained, are forgotten: only a transactional task
 	// (see [RegisterTx]) is safe against an id that comes again later.
 	ID string
@@ -135,6 +136,9 @@ func (c *Client) existing(kind, queue, id string) (*asynq.TaskInfo, error) {
 	info, err := c.inspector.GetTaskInfo(queue, id)
 	if errors.Is(err, asynq.ErrTaskNotFound) { // it has ended meanwhile
 		return &asynq.TaskInfo{ID: id, Queue: queue, Type: kind, State: asynq.TaskStateCompleted}, nil
+	}
+	if err == nil && info.Type != kind {
+		return nil, fmt.Errorf("queue %s has a job of the kind %s with this id", queue, info.Type)
 	}
 	return info, err
 }

@@ -86,8 +86,8 @@ func HandlePrune(ctx context.Context, job *Job, p Prune) (PruneResult, error) {
 
 // doneRecord is an old record of a job.
 type doneRecord struct {
-	At        string // its ctid
-	ID, Queue string
+	At              string // its ctid
+	ID, Kind, Queue string
 }
 
 // pruneDone goes through the table in the order in which the records lie. That is
@@ -127,7 +127,7 @@ func pruneDone(ctx context.Context, job *Job, keep time.Duration, result *PruneR
 
 func oldRecords(ctx context.Context, job *Job, cutoff time.Time, after, end string) ([]doneRecord, error) {
 	rows, err := job.DB.Query(ctx, `
-		SELECT d.ctid::text, d.id, d.queue FROM carpool.jobs_done d
+		SELECT d.ctid::text, d.id, d.kind, d.queue FROM carpool.jobs_done d
 		WHERE d.ctid > $1::text::tid AND d.ctid < $2::text::tid AND d.done_at < $3 ORDER BY d.ctid LIMIT $4`,
 		after, end, cutoff, doneBatch)
 	if err != nil {
@@ -146,11 +146,12 @@ func deleteRecords(ctx context.Context, job *Job, cutoff time.Time, old []doneRe
 	if err != nil {
 		return 0, err
 	}
-	ids, err := notInRedis(ctx, job.Client.rdb, old)
+	ids, kinds, err := notInRedis(ctx, job.Client.rdb, old)
 	if err != nil || len(ids) == 0 {
 		return 0, err
 	}
-	tag, err := job.DB.Exec(ctx, "DELETE FROM carpool.jobs_done WHERE id = ANY($1) AND done_at < $2", ids, cutoff)
+	tag, err := job.DB.Exec(ctx, `DELETE FROM carpool.jobs_done
+		WHERE (id, kind) IN (SELECT * FROM unnest($1::text[], $2::text[])) AND done_at < $3`, ids, kinds, cutoff)
 	return tag.RowsAffected(), err
 }
 
@@ -182,30 +183,29 @@ func notInOutbox(ctx context.Context, job *Job, records []doneRecord) ([]doneRec
 	return rest, nil
 }
 
-// notInRedis returns the ids of the records whose jobs Redis doesn't have, or has
-// as completed. An archived job can be put back on its queue.
-func notInRedis(ctx context.Context, rdb redis.UniversalClient, records []doneRecord) ([]string, error) {
+// notInRedis returns the ids and kinds of the records whose jobs Redis doesn't
+// have, or has as completed. An archived job can be put back on its queue.
+func notInRedis(ctx context.Context, rdb redis.UniversalClient, records []doneRecord) (ids, kinds []string, err error) {
 	if len(records) == 0 {
-		return nil, nil
+		return nil, nil, nil
 	}
 	states := make([]*redis.StringCmd, len(records))
-	_, err := rdb.Pipelined(ctx, func(p redis.Pipeliner) error {
+	_, err = rdb.Pipelined(ctx, func(p redis.Pipeliner) error {
 		for i, r := range records {
 			states[i] = p.HGet(ctx, "asynq:{"+r.Queue+"}:t:"+r.ID, "state")
 		}
 		return nil
 	})
 	if err != nil && !errors.Is(err, redis.Nil) {
-		return nil, fmt.Errorf("ask Redis for the jobs: %w", err)
+		return nil, nil, fmt.Errorf("ask Redis for the jobs: %w", err)
 	}
-	var ids []string
 	for i, r := range records {
 		switch state, err := states[i].Result(); {
 		case errors.Is(err, redis.Nil), err == nil && state == "completed":
-			ids = append(ids, r.ID)
+			ids, kinds = append(ids, r.ID), append(kinds, r.Kind)
 		case err != nil:
-			return nil, fmt.Errorf("ask Redis for a job: %w", err)
+			return nil, nil, fmt.Errorf("ask Redis for a job: %w", err)
 		}
 	}
-	return ids, nil
+	return ids, kinds, nil
 }

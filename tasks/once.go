@@ -105,11 +105,11 @@ func once(ctx context.Context, job *Job, fn func(tx pgx.Tx) ([]byte, error)) (js
 const (
 	// lockJob keeps a second run of the same job out for as long as the
 	// transaction is open; the record alone would only stop it at its end.
-	lockJob = "SELECT pg_try_advisory_xact_lock(hashtextextended('carpool job ' || $1, 0))"
-	lookJob = "SELECT result FROM carpool.jobs_done WHERE id = $1"
+	lockJob = "SELECT pg_try_advisory_xact_lock(hashtextextended('carpool job ' || $1 || ' ' || $2, 0))"
+	lookJob = "SELECT result FROM carpool.jobs_done WHERE id = $1 AND kind = $2"
 	// endOther ends the session that holds lockJob.
 	endOther = `SELECT count(pg_terminate_backend(l.pid)) FROM pg_locks l,
-		LATERAL (SELECT hashtextextended('carpool job ' || $1, 0) AS key) k
+		LATERAL (SELECT hashtextextended('carpool job ' || $1 || ' ' || $2, 0) AS key) k
 		WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1 AND l.pid <> pg_backend_pid()
 		AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
 		AND l.classid = ((k.key >> 32) & 4294967295)::oid AND l.objid = (k.key & 4294967295)::oid`
@@ -140,7 +140,7 @@ func beginOnce(ctx context.Context, job *Job) (tx *onceTx, result json.RawMessag
 		}
 		if !locked && time.Since(since) > otherRunGrace {
 			var ended int
-			if err := job.DB.QueryRow(ctx, endOther, job.ID).Scan(&ended); err != nil {
+			if err := job.DB.QueryRow(ctx, endOther, job.ID, job.Kind).Scan(&ended); err != nil {
 				return nil, nil, false, fmt.Errorf("end the session of another run: %w", err)
 			}
 			if ended > 0 {
@@ -165,10 +165,10 @@ func tryBegin(ctx context.Context, job *Job) (tx *onceTx, locked bool, result js
 	}
 	var b pgx.Batch
 	b.BeginTx(pgx.TxOptions{IsoLevel: job.isolation})
-	b.Queue(lockJob, job.ID).QueryRow(func(row pgx.Row) error { return row.Scan(&locked) })
+	b.Queue(lockJob, job.ID, job.Kind).QueryRow(func(row pgx.Row) error { return row.Scan(&locked) })
 	// A statement of its own, so that it sees what was committed before the lock
 	// was had.
-	b.Queue(lookJob, job.ID).QueryRow(func(row pgx.Row) error {
+	b.Queue(lookJob, job.ID, job.Kind).QueryRow(func(row pgx.Row) error {
 		err := row.Scan(&result)
 		done = err == nil
 		if errors.Is(err, pgx.ErrNoRows) {
@@ -192,7 +192,7 @@ func tryBegin(ctx context.Context, job *Job) (tx *onceTx, locked bool, result js
 
 // lookDone looks for the job's record.
 func lookDone(ctx context.Context, job *Job) (result json.RawMessage, done bool, err error) {
-	err = job.DB.QueryRow(ctx, lookJob, job.ID).Scan(&result)
+	err = job.DB.QueryRow(ctx, lookJob, job.ID, job.Kind).Scan(&result)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return nil, false, nil
 	}

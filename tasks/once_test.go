@@ -98,6 +98,10 @@ func TestRegisterTx_SecondDeliveryHasTheFirstOnesResultAndDoesNothing(t *testing
 	if result, err := a.deliver(t.Context(), a.DB, uuid.NewString()); result != "10" || err != nil {
 		t.Errorf("another job: result %s, error %v; want 10", result, err)
 	}
+	a.task.Kind = "account:gift"
+	if result, err := a.deliver(t.Context(), a.DB, id); result != "15" || err != nil {
+		t.Errorf("a job of another kind that has the same id: result %s, error %v; want 15", result, err)
+	}
 }
 
 func TestRegisterTx_FailureLeavesNeitherEffectsNorRecord(t *testing.T) {

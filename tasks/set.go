@@ -122,6 +122,9 @@ func marshalResult(result any, err error) ([]byte, error) {
 		return nil, err
 	}
 	if raw, ok := result.(json.RawMessage); ok {
+		if raw != nil && !json.Valid(raw) {
+			return nil, Permanent(errors.New("the handler's result is a json.RawMessage that is not JSON"))
+		}
 		return raw, nil
 	}
 	data, err := json.Marshal(result)
@@ -228,6 +231,8 @@ func fieldsOf(t reflect.Type) []Field {
 
 func jsonType(t reflect.Type) string {
 	switch {
+	case t.Kind() == reflect.Pointer:
+		return jsonType(t.Elem())
 	case t == reflect.TypeFor[time.Time]():
 		return "string"
 	case t.Implements(reflect.TypeFor[json.Marshaler]()), reflect.PointerTo(t).Implements(reflect.TypeFor[json.Marshaler]()):
@@ -250,8 +255,6 @@ func jsonType(t reflect.Type) string {
 			return "string"
 		}
 		return "array"
-	case reflect.Pointer:
-		return jsonType(t.Elem())
 	case reflect.Interface:
 		return "any JSON"
 	default:

@@ -191,8 +191,7 @@ func (c *chaos) endedByItself(n *chaosNode, p *chaosProcess) {
 	last = last[strings.LastIndexByte(last, '\n')+1:]
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.ended++
-	c.timeline = append(c.timeline, fmt.Sprintf("%s %s ended by itself, with %s: %s", time.Now().Format(time.RFC3339Nano), n.name, p.cmd.ProcessState, last))
+	c.endings = append(c.endings, fmt.Sprintf("%s %s ended by itself, with %s: %s", time.Now().Format(time.RFC3339Nano), n.name, p.cmd.ProcessState, last))
 	for _, sign := range []string{"WARNING: DATA RACE", "\npanic: ", "\nfatal error: "} {
 		if at := strings.Index(text, sign); at >= 0 {
 			c.crashes = append(c.crashes, text[at:min(len(text), at+8000)])

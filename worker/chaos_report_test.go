@@ -27,7 +27,9 @@ type chaosReport struct {
 	left                          int // still on their way, or set aside, with an effect or without
 	doubled, phantoms             int // effects too many, and effects of what was rolled back
 	archived, retries, postponed  int
-	stall, took                   time.Duration // stall: without any effect while work waited
+	stall                         time.Duration // the longest time without any effect while work waited
+	slowest                       time.Duration // from a job's enqueueing to its effect
+	drain, took                   time.Duration // drain: from the last repair to the end
 	faults                        map[string]int
 	ended, crashed                int // workers: that ended by themselves, and those of them that had a panic or a data race
 	wrong                         []int
@@ -47,7 +49,10 @@ type chaosEffectRow struct {
 func (c *chaos) report() *chaosReport {
 	r := &chaosReport{
 		mode: c.mode, seed: c.seed, rolledBack: int(c.rolledBack.Load()),
-		faults: c.faults, ended: c.ended, crashed: len(c.crashes),
+		faults: c.faults, ended: len(c.endings), crashed: len(c.crashes),
+	}
+	if err := os.WriteFile(filepath.Join(c.logs, c.mode+"-faults.txt"), []byte(strings.Join(c.timeline, "\n")+"\n"), 0o600); err != nil {
+		c.t.Error(err)
 	}
 	var effects []chaosEffectRow
 	var held map[string]bool
@@ -82,6 +87,7 @@ func (c *chaos) report() *chaosReport {
 		n, job := key.(int), value.(chaosJob)
 		enqueued[n] = job.at
 		if times[n] > 0 {
+			r.slowest = max(r.slowest, first[n].Sub(job.at))
 			return true
 		}
 		if held[job.id] {
@@ -217,6 +223,8 @@ func chaosTable(reports ...*chaosReport) string {
 	row("retries used", func(r *chaosReport) any { return r.retries })
 	row("postponed, no retry used", func(r *chaosReport) any { return r.postponed })
 	row("longest stall", func(r *chaosReport) any { return r.stall.Round(100 * time.Millisecond) })
+	row("slowest job", func(r *chaosReport) any { return r.slowest.Round(100 * time.Millisecond) })
+	row("done after the last repair", func(r *chaosReport) any { return r.drain.Round(100 * time.Millisecond) })
 	row("took", func(r *chaosReport) any { return r.took.Round(time.Second) })
 	names := make(map[string]bool)
 	for _, r := range reports {

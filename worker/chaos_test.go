@@ -36,7 +36,7 @@ var (
 	chaosLong = flag.Bool("chaos.long", false, "faults last longer, and some outlast a job's lease")
 )
 
-// With -artifacts the workers' logs are kept.
+// With -artifacts the workers' logs are kept, and a list of the faults.
 func TestChaos_EveryEffectHappensExactlyOnce(t *testing.T) {
 	t.Parallel()
 	modes := []string{*chaosMode}
@@ -55,6 +55,9 @@ func TestChaos_EveryEffectHappensExactlyOnce(t *testing.T) {
 			r := c.run()
 			reports = append(reports, r)
 			fmt.Print(chaosTable(r))
+			for _, end := range c.endings {
+				t.Log(end)
+			}
 			switch {
 			case mode == protected && !r.right():
 				t.Error("the promise is broken")
@@ -97,9 +100,9 @@ type chaos struct {
 	mending    sync.WaitGroup
 	mu         sync.Mutex // guards what follows
 	faults     map[string]int
-	timeline   []string // of faults, and of workers that ended by themselves
+	timeline   []string // of faults
+	endings    []string // of workers that ended by themselves
 	crashes    []string // panics and data races among those
-	ended      int      // how many ended by themselves
 }
 
 // chaosJob is a job that was enqueued for certain.
@@ -319,9 +322,11 @@ func (c *chaos) run() *chaosReport {
 		n.postgres.Heal()
 		n.redis.Heal()
 	}
+	mended := time.Now()
 	c.drain()
+	drained := time.Now()
 	r := c.report()
-	r.took = time.Since(began)
+	r.drain, r.took = drained.Sub(mended), drained.Sub(began)
 	return r
 }
 

@@ -72,6 +72,7 @@ func (f *frame) ProcessTask(asynqCtx context.Context, t *asynq.Task) error {
 	ctx, release := f.bound(asynqCtx, started)
 	defer release()
 	ctx, borrower := f.db.Track(ctx, job.Kind+" "+job.ID)
+	defer borrower.End() // also when a handler ends its goroutine
 	var result []byte
 	pprof.Do(ctx, pprof.Labels(jobLabel, job.ID), func(ctx context.Context) {
 		result, err = f.attempt(ctx, job, counted, t.Payload(), borrower)
@@ -284,8 +285,14 @@ func (f *frame) isOutage(ctx context.Context, err error, died, used bool) bool {
 	if died || dbpool.IsAway(err) || errors.Is(err, tasks.ErrCommitUnknown) {
 		return true
 	}
+	if !used || !errors.Is(context.Cause(ctx), errTimeout) {
+		return false
+	}
 	// A statement that waits for a server that is silent ends with the job's time.
-	return used && errors.Is(context.Cause(ctx), errTimeout) && f.gate.answers(context.WithoutCancel(ctx)) != nil
+	// asynq's is over soon too.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), tasks.TimeoutGrace/2)
+	defer cancel()
+	return f.gate.answers(ctx) != nil
 }
 
 func (f *frame) run(ctx context.Context, job *tasks.Job, task *tasks.Task, payload tasks.Payload) (result []byte, err error) {
