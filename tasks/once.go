@@ -60,8 +60,8 @@ func RegisterOnce[P Payload, R any](s *Set, h Handler[P, R]) {
 // delivery, fn isn't run and the result is that one's. It is for the handlers of
 // [RegisterOnce]; a handler calls it once.
 //
-// It returns fn's error, or the database's; one that wraps [ErrCommitUnknown] if
-// the connection broke amid the commit.
+// It returns fn's error, or the database's; one that wraps [ErrNoAnswer] if the
+// beginning of the transaction or its commit got no answer.
 func Once[R any](ctx context.Context, job *Job, fn func(tx pgx.Tx) (R, error)) (R, error) {
 	var result R
 	data, err := once(ctx, job, func(tx pgx.Tx) ([]byte, error) {
@@ -75,9 +75,10 @@ func Once[R any](ctx context.Context, job *Job, fn func(tx pgx.Tx) (R, error)) (
 	return result, err
 }
 
-// ErrCommitUnknown is wrapped by the error of a transaction whose commit got no
-// answer. Running the job again resolves it: it then finds its record, or not.
-var ErrCommitUnknown = errors.New("the commit got no answer")
+// ErrNoAnswer is wrapped by the error of a job's transaction whose beginning or
+// commit got no answer. What became of a commit, running the job again resolves:
+// it then finds its record, or not.
+var ErrNoAnswer = errors.New("the database did not answer")
 
 // once is [Once] with the result as JSON, nil for none.
 func once(ctx context.Context, job *Job, fn func(tx pgx.Tx) ([]byte, error)) (json.RawMessage, error) {
@@ -123,8 +124,10 @@ const (
 	// is awake, hears within its heartbeat of 5 s.
 	otherRunGrace = 10 * time.Second
 	otherRunCheck = 100 * time.Millisecond
-	// endBound is how long a commit or a rollback may take.
-	endBound = 10 * time.Second
+	// answerBound is how long the database may take to begin, commit or roll back.
+	// A connection whose other end is gone would be waited for until the job's time
+	// is up.
+	answerBound = 10 * time.Second
 )
 
 // beginOnce begins the job's transaction, or finds the job done. While another
@@ -176,10 +179,15 @@ func tryBegin(ctx context.Context, job *Job) (tx *onceTx, locked bool, result js
 		}
 		return err
 	})
-	results := conn.SendBatch(ctx, &b)
+	beginCtx, cancel := context.WithTimeout(ctx, answerBound)
+	defer cancel()
+	results := conn.SendBatch(beginCtx, &b)
 	inner := results.Tx()
 	if err := results.Close(); err != nil {
 		conn.Release()
+		if beginCtx.Err() != nil && ctx.Err() == nil {
+			err = fmt.Errorf("%w: %w", ErrNoAnswer, err)
+		}
 		return nil, false, nil, false, err
 	}
 	tx = &onceTx{Tx: inner, conn: conn}
@@ -236,7 +244,7 @@ func (t *onceTx) commit(ctx context.Context, job *Job, result json.RawMessage) e
 	})
 	b.Queue("COMMIT")
 	// A context that ends amid the commit would leave open what became of it.
-	commitCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endBound)
+	commitCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), answerBound)
 	defer cancel()
 	err := t.conn.SendBatch(commitCtx, &b).Close()
 	if err == nil {
@@ -247,7 +255,7 @@ func (t *onceTx) commit(ctx context.Context, job *Job, result json.RawMessage) e
 	e, refused := errors.AsType[*pgconn.PgError](err)
 	switch {
 	case !refused || dbpool.IsAway(err):
-		return fmt.Errorf("commit the job's transaction: %w: %w", ErrCommitUnknown, err)
+		return fmt.Errorf("commit the job's transaction: %w: %w", ErrNoAnswer, err)
 	case !recorded && e.Code == "25P02":
 		return errors.New("the handler went on after a statement of its transaction had failed, and returned no error; nothing is committed")
 	}
@@ -256,7 +264,7 @@ func (t *onceTx) commit(ctx context.Context, job *Job, result json.RawMessage) e
 
 func (t *onceTx) rollBack() {
 	t.ended = true
-	ctx, cancel := context.WithTimeout(context.Background(), endBound)
+	ctx, cancel := context.WithTimeout(context.Background(), answerBound)
 	defer cancel()
 	_ = t.Tx.Rollback(ctx) // the pool closes a connection that is still in a transaction
 	t.conn.Release()

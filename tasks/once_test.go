@@ -277,7 +277,7 @@ func TestRegisterTx_CommitWhoseAnswerIsLostIsResolvedByLooking(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			if err := <-delivered; !errors.Is(err, tasks.ErrCommitUnknown) {
+			if err := <-delivered; !errors.Is(err, tasks.ErrNoAnswer) {
 				t.Errorf("the error is %v, want one that says that the commit got no answer", err)
 			}
 			if result, err := a.deliver(t.Context(), db, "1"); result != "5" || err != nil {

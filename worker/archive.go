@@ -154,7 +154,11 @@ func deadLetterOf(job *asynq.TaskInfo) deadLetter {
 	if reason == context.Canceled.Error() {
 		reason = "cancelled" // asynq's word for it
 	}
-	return deadLetter{job.ID, job.Type, job.Queue, job.Retried + 1, job.LastFailedAt.UTC(), reason}
+	tries := job.Retried + 1
+	if strings.HasPrefix(reason, gaveUp) {
+		tries-- // the last time it was delivered it wasn't run
+	}
+	return deadLetter{job.ID, job.Type, job.Queue, tries, job.LastFailedAt.UTC(), reason}
 }
 
 func (c *archiveLsCmd) Run() error {

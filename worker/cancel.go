@@ -22,21 +22,28 @@ type cancelCmd struct {
 // DATABASE_URL must be set, is removed there.
 func (c *cancelCmd) Run() error {
 	return c.withArchive(func(ctx context.Context, a *archive) error {
-		client := tasks.NewClient(a.rdb)
-		if c.DatabaseURL == "" || !isUUID.MatchString(c.ID) {
-			return client.Cancel(ctx, c.ID)
+		if err := c.cancel(ctx, tasks.NewClient(a.rdb)); err != nil {
+			return err
 		}
-		removed, err := c.removeFromOutbox(ctx)
-		if err != nil {
-			return fmt.Errorf("look for job %s in the outbox: %w", c.ID, err)
-		}
-		// A relay may have moved it to Redis before its row could be removed.
-		err = client.Cancel(ctx, c.ID)
-		if removed && errors.Is(err, tasks.ErrNoSuchJob) {
-			return nil
-		}
-		return err
+		fmt.Println(c.ID, "cancelled")
+		return nil
 	})
+}
+
+func (c *cancelCmd) cancel(ctx context.Context, client *tasks.Client) error {
+	if c.DatabaseURL == "" || !isUUID.MatchString(c.ID) {
+		return client.Cancel(ctx, c.ID)
+	}
+	removed, err := c.removeFromOutbox(ctx)
+	if err != nil {
+		return fmt.Errorf("look for job %s in the outbox: %w", c.ID, err)
+	}
+	// A relay may have moved it to Redis before its row could be removed.
+	err = client.Cancel(ctx, c.ID)
+	if removed && errors.Is(err, tasks.ErrNoSuchJob) {
+		return nil
+	}
+	return err
 }
 
 // isUUID tells the ids that the outbox makes.

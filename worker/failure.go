@@ -45,7 +45,7 @@ func isConflict(err error) bool {
 func isFailure(err error) bool {
 	_, isPostponed := errors.AsType[*postponedError](err)
 	_, isSnoozed := tasks.SnoozeDelay(err)
-	return !isPostponed && !isSnoozed
+	return !isPostponed && !isSnoozed && err != context.Canceled //nolint:errorlint // asynq's own: it was cancelled
 }
 
 const (

@@ -273,7 +273,8 @@ func (f *frame) mayRun(job *tasks.Job) error {
 	if strings.HasPrefix(info.LastErr, gaveUp) {
 		return nil // somebody has put it back
 	}
-	return giveUp(info.LastErr, job.Attempt-1)
+	job.Attempt-- // this is none
+	return giveUp(info.LastErr, job.Attempt)
 }
 
 // isOutage reports whether the job failed because the database was away. died:
@@ -282,7 +283,7 @@ func (f *frame) isOutage(ctx context.Context, err error, died, used bool) bool {
 	if _, snoozed := tasks.SnoozeDelay(err); snoozed {
 		return false
 	}
-	if died || dbpool.IsAway(err) || errors.Is(err, tasks.ErrCommitUnknown) {
+	if died || dbpool.IsAway(err) || errors.Is(err, tasks.ErrNoAnswer) {
 		return true
 	}
 	if !used || !errors.Is(context.Cause(ctx), errTimeout) {

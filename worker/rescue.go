@@ -29,6 +29,7 @@ type rescue struct {
 	still  time.Duration // how long a lease must have stayed the same
 
 	seen   map[string]lease     // of active jobs, by queue and id
+	looked time.Time            // when seen was seen
 	warned map[string]time.Time // by queue: when its archive was last said to be nearly full
 	cancel context.CancelFunc
 	done   sync.WaitGroup
@@ -36,8 +37,8 @@ type rescue struct {
 
 // lease is what was seen of an active job's lease.
 type lease struct {
-	until string // as Redis has it; "" for none
-	since time.Time
+	until string        // as Redis has it; "" for none
+	still time.Duration // how long it has been seen to stay the same
 }
 
 const (
@@ -59,7 +60,8 @@ func (r *rescue) stop() {
 }
 
 func (r *rescue) run(ctx context.Context) {
-	tick := time.NewTicker(min(rescueEvery, r.still/4))
+	every := min(rescueEvery, r.still/4)
+	tick := time.NewTicker(every)
 	defer tick.Stop()
 	for {
 		select {
@@ -67,24 +69,31 @@ func (r *rescue) run(ctx context.Context) {
 			return
 		case <-tick.C:
 		}
-		found := make(map[string]lease)
-		for _, queue := range r.queues {
-			if err := r.look(ctx, queue, found); err != nil {
-				if ctx.Err() == nil {
-					r.log.Debug("the leases could not be looked at", "queue", queue, "error", err)
-				}
-				// While Redis is away no lease is extended.
-				clear(found)
-				break
+		// While Redis is away no lease is extended, so that time doesn't count.
+		now, found := time.Now(), make(map[string]lease)
+		passed := min(now.Sub(r.looked), 2*every)
+		if err := r.lookAll(ctx, passed, found); err != nil {
+			if ctx.Err() == nil {
+				r.log.Debug("the leases could not be looked at", "error", err)
 			}
+			continue
 		}
-		r.seen = found
+		r.seen, r.looked = found, now
 	}
+}
+
+func (r *rescue) lookAll(ctx context.Context, passed time.Duration, found map[string]lease) error {
+	for _, queue := range r.queues {
+		if err := r.look(ctx, queue, passed, found); err != nil {
+			return fmt.Errorf("queue %s: %w", queue, err)
+		}
+	}
+	return nil
 }
 
 // look notes the leases of a queue's active jobs in found, and rescues those jobs
 // whose lease has stayed the same for too long.
-func (r *rescue) look(ctx context.Context, queue string, found map[string]lease) error {
+func (r *rescue) look(ctx context.Context, queue string, passed time.Duration, found map[string]lease) error {
 	pipe := r.rdb.Pipeline()
 	active := pipe.LRange(ctx, asynqKey(queue, "active"), 0, -1)
 	leases := pipe.ZRangeWithScores(ctx, asynqKey(queue, "lease"), 0, -1)
@@ -103,12 +112,12 @@ func (r *rescue) look(ctx context.Context, queue string, found map[string]lease)
 	}
 	for _, id := range active.Val() {
 		key := queue + " " + id
-		now := lease{until[id], time.Now()}
+		now := lease{until: until[id]}
 		if was, ok := r.seen[key]; ok && was.until == now.until {
-			now.since = was.since
+			now.still = was.still + passed
 		}
 		found[key] = now
-		if time.Since(now.since) < r.still {
+		if now.still < r.still {
 			continue
 		}
 		rescued, err := r.giveBack(ctx, queue, id, now.until)

@@ -73,6 +73,41 @@ func TestRescue_JobOfADeadWorkerIsRunAgainAndItsTryIsCounted(t *testing.T) {
 	}
 }
 
+func TestRescue_AnOutageOfRedisDoesNotCountAndAHiccupCostsLittle(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	at, _, proxy := b.behindProxies(t)
+	direct := b.redis(t)
+	info, err := b.client.Enqueue(t.Context(), probe{"x"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dies(t, direct, info)
+	rdb := at.redis(t)
+	r := startRescue(rdb, []string{"default"}, 4*time.Second, discard())
+	defer r.stop()
+	state := func() asynq.TaskState {
+		got, err := b.inspector.GetTaskInfo("default", info.ID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return got.State
+	}
+	time.Sleep(2 * time.Second)
+	proxy.Refuse()
+	proxy.Reset()
+	time.Sleep(8 * time.Second) // far longer than it takes
+	proxy.Heal()
+	if s := state(); s != asynq.TaskStateActive {
+		t.Errorf("the job is %s when Redis comes back; want that the outage did not count", s)
+	}
+	for range 3 { // never as long undisturbed as it takes
+		time.Sleep(1500 * time.Millisecond)
+		proxy.Reset()
+	}
+	eventually(t, "it is given back", func() bool { return state() == asynq.TaskStateRetry })
+}
+
 func TestRescue_JobOfALivingWorkerIsLeftAlone(t *testing.T) {
 	t.Parallel()
 	b := setup(t)

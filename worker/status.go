@@ -38,7 +38,7 @@ type statusCmd struct {
 const (
 	watchEvery = 2 * time.Second
 	// statusTimeout bounds what the database may take for the outbox's figures.
-	statusTimeout = 5 * time.Second
+	statusTimeout = 10 * time.Second
 )
 
 // Run is `worker status`. What it could not read it names after it has printed
@@ -317,10 +317,21 @@ func (s *status) printQueues(w *tabwriter.Writer, out *bytes.Buffer) {
 	}
 	_ = w.Flush()
 	for _, q := range s.Queues {
+		if q.Pending > 0 && !s.isServed(q.Name) {
+			fmt.Fprintf(out, "! nobody pulls from %s: no instance has it among its WORKER_QUEUES\n", printable(q.Name))
+		}
 		if q.ArchiveNearlyFull {
 			fmt.Fprintf(out, "! the archive of %s holds %d jobs; beyond %d, asynq drops the oldest\n", printable(q.Name), q.Archived, archiveLimit)
 		}
 	}
+}
+
+// isServed reports whether an instance that is up pulls from the queue.
+func (s *status) isServed(queue string) bool {
+	return slices.ContainsFunc(s.Instances, func(i instance) bool {
+		_, ok := i.Queues[queue]
+		return ok || i.OwnQueue == queue
+	})
 }
 
 func (s *status) printOutbox(out *bytes.Buffer) {
