@@ -247,6 +247,10 @@ func (f *frame) attempt(ctx context.Context, job *tasks.Job, counted bool, data 
 	}
 }
 
+// unknownDelay is how long a job whose kind only others know is left to them, more
+// or less.
+const unknownDelay = 4 * time.Second
+
 // unknown postpones a job whose kind a newer worker knows, as there is one during
 // a deploy: each writes down its kinds when it starts, if nobody has within the hour.
 // Else the job can't be run.
@@ -255,7 +259,7 @@ func (f *frame) unknown(ctx context.Context, job *tasks.Job, err error) error {
 	e := f.db.QueryRow(ctx, "SELECT EXISTS (SELECT FROM carpool.kinds WHERE kind = $1 AND seen_at > now() - interval '2 hours')",
 		job.Kind).Scan(&known)
 	if e != nil || known {
-		return postponed(fmt.Errorf("%w; another worker may", err))
+		return &postponedError{fmt.Errorf("%w; another worker may", err), unknownDelay/2 + rand.N(unknownDelay)}
 	}
 	return err
 }
@@ -348,7 +352,7 @@ func (f *frame) record(job *tasks.Job, outcome string, took time.Duration, usage
 		level = slog.LevelWarn
 	case outcomeArchived:
 		level = slog.LevelError
-	case outcomeInterrupted, outcomePostponed, outcomeCancelled:
+	case outcomeInterrupted, outcomeCancelled:
 		level = slog.LevelInfo
 	}
 	ctx := context.Background()

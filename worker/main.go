@@ -40,6 +40,9 @@ type kindsOf func(tasks.Config) *tasks.Set
 // code.
 func program(args []string, kinds kindsOf) int {
 	unsetEmpty()
+	if os.Getenv(appName) == "" {
+		_ = os.Setenv(appName, "carpool")
+	}
 	parser, err := kong.New(new(cli),
 		kong.Bind(kinds),
 		kong.Name("worker"),
@@ -68,6 +71,10 @@ func program(args []string, kinds kindsOf) int {
 	}
 	return 0
 }
+
+// appName is Postgres' own variable for what pg_stat_activity shows, unless the
+// URL says something else.
+const appName = "PGAPPNAME"
 
 // unsetEmpty makes a variable that is set to nothing count as not set, as a
 // blank line in a dashboard's form is meant.
