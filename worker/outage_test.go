@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/url"
 	"regexp"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -66,6 +67,17 @@ func TestFrame_JobsWaitWhileTheDatabaseIsAwayAndNoTryIsUsedUp(t *testing.T) {
 	if _, err := f.wait(t, f.enqueue(t, "needs no database", nil)); err != nil {
 		t.Errorf("a job that needs no database: %v", err)
 	}
+	// One of another producer, whose last try asynq would archive whatever it fails of.
+	foreign, err := asynq.NewClientFromRedisClient(b.redis(t)).EnqueueContext(t.Context(),
+		asynq.NewTask("probe", []byte(`{"word": "needs it"}`)), asynq.MaxRetry(0), asynq.Retention(time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	waiting = append(waiting, foreign)
+	eventually(t, "it waits too", func() bool {
+		info, err := b.inspector.GetTaskInfo(foreign.Queue, foreign.ID)
+		return err == nil && info.State == asynq.TaskStateActive
+	})
 	if s := f.log.String(); strings.Contains(s, "the database is back") {
 		t.Fatal("the database has come back by itself")
 	}
@@ -75,10 +87,27 @@ func TestFrame_JobsWaitWhileTheDatabaseIsAwayAndNoTryIsUsedUp(t *testing.T) {
 			t.Errorf("result %s, error %v", result, err)
 		}
 	}
-	for _, r := range f.records(t, 13) {
+	for _, r := range f.records(t, 14) {
 		if attempt := r["job"].(map[string]any)["attempt"]; attempt != 1.0 {
 			t.Errorf("an outage has used up a try: %v", r)
 		}
+	}
+}
+
+func TestFrame_HandlerThatEndsItsGoroutineFailsAndLeavesNothingBehind(t *testing.T) {
+	t.Parallel()
+	f := runFrame(t, func(ctx context.Context, job *tasks.Job, _ probe) (string, error) {
+		_, _ = job.DB.Acquire(ctx)
+		runtime.Goexit()
+		return "", nil
+	})
+	// asynq hears nothing of it, until the job's time is up.
+	_, err := f.wait(t, f.enqueue(t, "x", &tasks.EnqueueOptions{Timeout: time.Second, MaxRetry: tasks.NoRetry}))
+	if !errors.Is(err, tasks.ErrJobFailed) {
+		t.Errorf("error %v", err)
+	}
+	if s := f.db.Stats(); s.CheckedOut != 0 {
+		t.Errorf("%d connections are still out", s.CheckedOut)
 	}
 }
 
