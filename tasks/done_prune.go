@@ -2,7 +2,6 @@ package tasks
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
@@ -184,27 +183,24 @@ func notInOutbox(ctx context.Context, job *Job, records []doneRecord) ([]doneRec
 }
 
 // notInRedis returns the ids and kinds of the records whose jobs Redis doesn't
-// have, or has as completed. An archived job can be put back on its queue.
+// have. Whatever it has can be put back on its queue, by a button or a call.
 func notInRedis(ctx context.Context, rdb redis.UniversalClient, records []doneRecord) (ids, kinds []string, err error) {
 	if len(records) == 0 {
 		return nil, nil, nil
 	}
-	states := make([]*redis.StringCmd, len(records))
+	has := make([]*redis.IntCmd, len(records))
 	_, err = rdb.Pipelined(ctx, func(p redis.Pipeliner) error {
 		for i, r := range records {
-			states[i] = p.HGet(ctx, "asynq:{"+r.Queue+"}:t:"+r.ID, "state")
+			has[i] = p.Exists(ctx, "asynq:{"+r.Queue+"}:t:"+r.ID)
 		}
 		return nil
 	})
-	if err != nil && !errors.Is(err, redis.Nil) {
+	if err != nil {
 		return nil, nil, fmt.Errorf("ask Redis for the jobs: %w", err)
 	}
 	for i, r := range records {
-		switch state, err := states[i].Result(); {
-		case errors.Is(err, redis.Nil), err == nil && state == "completed":
+		if has[i].Val() == 0 {
 			ids, kinds = append(ids, r.ID), append(kinds, r.Kind)
-		case err != nil:
-			return nil, nil, fmt.Errorf("ask Redis for a job: %w", err)
 		}
 	}
 	return ids, kinds, nil

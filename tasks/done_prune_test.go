@@ -106,7 +106,7 @@ func TestPrune_KeepsTheRecordOfEachJobThatMayBeDeliveredAgain(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want(t, "result", result, tasks.PruneResult{Jobs: 3, Needed: 6})
+	want(t, "result", result, tasks.PruneResult{Jobs: 2, Needed: 7})
 	kept := strings.Fields(p.ids(t, "carpool.jobs_done"))
 	left := map[string]bool{}
 	for _, id := range kept {
@@ -114,6 +114,7 @@ func TestPrune_KeepsTheRecordOfEachJobThatMayBeDeliveredAgain(t *testing.T) {
 	}
 	want(t, "records left", left, map[string]bool{
 		"active": true, "retry": true, "archived": true, "pending": true, "scheduled": true, outbox: true, "young": true,
+		"completed": true,
 	})
 
 	// Once nobody has the job any more, its record goes.
@@ -125,12 +126,12 @@ func TestPrune_KeepsTheRecordOfEachJobThatMayBeDeliveredAgain(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want(t, "the next run's result", result, tasks.PruneResult{Jobs: 2, Needed: 4})
+	want(t, "the next run's result", result, tasks.PruneResult{Jobs: 2, Needed: 5})
 	result, err = p.prune(t, tasks.Prune{Keep: "22h"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	want(t, "the result when 22h are kept", result, tasks.PruneResult{Jobs: 1, Needed: 4})
+	want(t, "the result when 22h are kept", result, tasks.PruneResult{Jobs: 1, Needed: 5})
 }
 
 func TestPrune_EndsHoweverManyRecordsMustStay(t *testing.T) {

@@ -45,7 +45,7 @@ func startServers(rdb redis.UniversalClient, cfg config, f *frame, instanceQueue
 		IsFailure:                isFailure,
 		ErrorHandler:             f,
 		ShutdownTimeout:          cfg.shutdownTimeout + endingGrace,
-		Logger:                   asynqLog{log},
+		Logger:                   &asynqLog{log: log},
 		LogLevel:                 asynq.InfoLevel, // below, it says each time that a queue is empty
 	}
 	for i := range cfg.fetchers {

@@ -7,6 +7,8 @@ import (
 	"log/slog"
 	"os"
 	"strings"
+	"sync"
+	"time"
 
 	"github.com/lmittmann/tint"
 	"github.com/mattn/go-isatty"
@@ -29,17 +31,42 @@ func isTerminal(w io.Writer) bool {
 // asynqLog lets asynq log through slog. What asynq says of its own comings and
 // goings is for debugging; what it says of single tasks the frame's record says
 // better.
-type asynqLog struct{ log *slog.Logger }
+//
+// While Redis is away each of its loops says so each time; of errors that begin
+// alike, one is logged in asynqQuiet.
+type asynqLog struct {
+	log *slog.Logger
 
-func (l asynqLog) Debug(args ...any) { l.log.Debug(fmt.Sprint(args...)) }
-func (l asynqLog) Info(args ...any)  { l.log.Debug(fmt.Sprint(args...)) }
-func (l asynqLog) Error(args ...any) { l.log.Error(fmt.Sprint(args...)) }
+	mu   sync.Mutex
+	said map[string]time.Time // by how the message begins
+}
+
+const asynqQuiet = 10 * time.Second
+
+func (l *asynqLog) Debug(args ...any) { l.log.Debug(fmt.Sprint(args...)) }
+func (l *asynqLog) Info(args ...any)  { l.log.Debug(fmt.Sprint(args...)) }
+
+func (l *asynqLog) Error(args ...any) {
+	message := fmt.Sprint(args...)
+	begins := message[:min(len(message), len("Failed to forward"))]
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if time.Since(l.said[begins]) < asynqQuiet {
+		l.log.Debug(message)
+		return
+	}
+	if l.said == nil {
+		l.said = make(map[string]time.Time)
+	}
+	l.said[begins] = time.Now()
+	l.log.Error(message)
+}
 
 // Fatal doesn't end the process, as asynq's own logger would: jobs that run
 // must not be cut off by a log record.
-func (l asynqLog) Fatal(args ...any) { l.log.Error(fmt.Sprint(args...)) }
+func (l *asynqLog) Fatal(args ...any) { l.log.Error(fmt.Sprint(args...)) }
 
-func (l asynqLog) Warn(args ...any) {
+func (l *asynqLog) Warn(args ...any) {
 	message := fmt.Sprint(args...)
 	raced := strings.HasPrefix(message, "recoverer: ") && strings.Contains(message, "NOT FOUND") // with another server's
 	if raced || strings.HasPrefix(message, "Retry exhausted for task") || strings.HasPrefix(message, "Quitting worker.") {
