@@ -9,11 +9,8 @@ package testservers
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"os"
-	"runtime"
-	"strconv"
 	"sync"
 	"testing"
 	"time"
@@ -43,17 +40,10 @@ type pair struct {
 // giveUpAfter bounds the start of a server. It is generous: the machine may be busy with other packages' tests.
 const giveUpAfter = 2 * time.Minute
 
-// atOnce is how many parallel tests run at once for each core, unless -parallel says otherwise. They wait for servers, for
-// leases and for timeouts more than they compute.
-const atOnce = 4
-
 // Main is to be called by TestMain. It runs the package's tests, stops the servers they started, fails if a goroutine is
 // left, calls then, and exits.
 func Main(m *testing.M, then ...func()) {
-	if err := flag.Set("test.parallel", strconv.Itoa(atOnce*runtime.GOMAXPROCS(0))); err != nil {
-		panic(err)
-	}
-	code := shared.main(m.Run) // which reads the command line, that wins
+	code := shared.main(m.Run)
 	for _, f := range then {
 		f()
 	}
