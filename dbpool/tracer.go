@@ -66,11 +66,13 @@ func isDeath(err error) bool {
 	return ok && (strings.HasPrefix(e.Code, "08") || e.Code == "57P01" || e.Code == "57P02" || e.Code == "57P03")
 }
 
-// isSocketError reports whether err is the socket's: an end, or a reset. Of a
-// connection that pgx has not closed over it, it is somebody else's socket.
+// isSocketError reports whether err is the socket's: an end, a reset, or pgx' word
+// that it had found one before the statement. Of a connection that pgx has not
+// closed over it, it is somebody else's socket.
 func isSocketError(err error) bool {
 	_, network := errors.AsType[net.Error](err)
-	return network || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, net.ErrClosed)
+	return network || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, net.ErrClosed) ||
+		errors.Is(err, pgconn.ErrConnClosed)
 }
 
 // isReadOnly is SQLSTATE 25006, which a primary that became a standby gives, but
