@@ -19,7 +19,7 @@ test: ## Install the servers that are missing, then vet and test everything on r
 
 CHAOS := -chaos.mode=all -chaos.long -chaos.jobs=50000 -chaos.time=5m
 
-chaos: ## Break everything at random for half an hour, with carpool's protection and without; CHAOS=… for other flags
+chaos: ## Break everything at random for half an hour or more, with carpool's protection and without; CHAOS=… for other flags
 	./scripts/install-test-servers.sh
 	go test -count=1 -timeout 60m ./worker -run TestChaos -v $(CHAOS)
 

@@ -31,7 +31,7 @@ import (
 var (
 	chaosJobs = flag.Int("chaos.jobs", 1000, "jobs, half of them enqueued in SQL transactions of which a third are rolled back")
 	chaosTime = flag.Duration("chaos.time", 15*time.Second, "the time over which jobs are enqueued, while things break")
-	chaosMode = flag.String("chaos.mode", protected, "protected, unprotected (the handler's own transaction), plain (asynq and pgx alone), or all")
+	chaosMode = flag.String("chaos.mode", protected, "protected, unprotected (the handler's own transaction), plain (asynq and pgx alone), celery (with SQLAlchemy), or all")
 	chaosSeed = flag.Uint64("chaos.seed", 0, "the same faults as in another run; 0 draws one")
 	chaosLong = flag.Bool("chaos.long", false, "faults last longer, and some outlast a job's lease")
 )
@@ -41,7 +41,11 @@ func TestChaos_EveryEffectHappensExactlyOnce(t *testing.T) {
 	t.Parallel()
 	modes := []string{*chaosMode}
 	if *chaosMode == "all" {
-		modes = []string{protected, unprotected, plain}
+		modes = []string{protected, unprotected, plain, celery}
+		if err := celeryMissing(); err != nil {
+			modes = modes[:3]
+			fmt.Println("without celery:", err)
+		}
 	}
 	seed := *chaosSeed
 	if seed == 0 {
@@ -61,7 +65,7 @@ func TestChaos_EveryEffectHappensExactlyOnce(t *testing.T) {
 			switch {
 			case mode == protected && !r.right():
 				t.Error("the promise is broken")
-			case mode != protected && r.lost == 0 && r.doubled == 0:
+			case mode != protected && mode != celery && r.lost == 0 && r.doubled == 0:
 				t.Error("nothing was lost or doubled without protection either, so the run proves nothing")
 			}
 			if t.Failed() {
@@ -83,6 +87,7 @@ type chaos struct {
 	redis    *servers.Redis
 	db       *pgxpool.Pool // past all proxies, as the inspector is
 	inspect  *asynq.Inspector
+	celery   *celeryMode // nil in the other modes
 	workers  []*chaosNode
 	logs     string // the folder of the workers' logs
 
@@ -167,6 +172,9 @@ func newChaos(t *testing.T, mode string, seed uint64) *chaos {
 	t.Cleanup(func() { _ = rdb.Close() })
 	c.inspect = asynq.NewInspectorFromRedisClient(rdb)
 	c.connectProducers()
+	if mode == celery {
+		c.celery = newCelery(c)
+	}
 
 	for i := range 3 {
 		n := c.newNode(fmt.Sprint("worker-", i))
@@ -182,7 +190,7 @@ func newChaos(t *testing.T, mode string, seed uint64) *chaos {
 		}
 		c.supervised.Wait()
 	})
-	if mode != plain { // the first worker writes down the kinds
+	if c.carpools() { // the first worker writes down the kinds
 		eventually(t, "a worker has started", func() bool {
 			var there bool
 			err := c.db.QueryRow(t.Context(), "SELECT EXISTS (SELECT FROM carpool.kinds WHERE kind = 'chaos:effect')").Scan(&there)
@@ -191,6 +199,9 @@ func newChaos(t *testing.T, mode string, seed uint64) *chaos {
 	}
 	return c
 }
+
+// carpools reports whether carpool runs the jobs.
+func (c *chaos) carpools() bool { return c.mode == protected || c.mode == unprotected }
 
 // newNode lays the cables of a machine.
 func (c *chaos) newNode(name string) *chaosNode {
@@ -252,7 +263,11 @@ func (c *chaos) start(n *chaosNode) {
 	defer log.Close()
 	n.starts++
 	p := &chaosProcess{cmd: exec.Command(os.Args[0]), log: log.Name(), done: make(chan struct{})}
-	p.cmd.Env, p.cmd.Stdout, p.cmd.Stderr = n.env, log, log
+	p.cmd.Env = n.env
+	if c.celery != nil {
+		p.cmd = celeryWorker(n)
+	}
+	p.cmd.Stdout, p.cmd.Stderr = log, log
 	if _, err := p.cmd.StdinPipe(); err != nil { // it ends with us
 		c.t.Error(err)
 		return
@@ -286,7 +301,7 @@ func (c *chaos) kill(n *chaosNode) {
 		return
 	}
 	n.process.killed.Store(true)
-	_ = n.process.cmd.Process.Kill()
+	n.process.signal(syscall.SIGKILL)
 	<-n.process.done
 }
 
@@ -301,9 +316,9 @@ func (c *chaos) killAndStart(n *chaosNode) {
 func (n *chaosNode) signal(s syscall.Signal) (another func(syscall.Signal)) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	p := n.process.cmd.Process
-	_ = p.Signal(s)
-	return func(s syscall.Signal) { _ = p.Signal(s) }
+	p := n.process
+	p.signal(s)
+	return p.signal
 }
 
 // run enqueues jobs while things break, waits until all is quiet, and reports what
@@ -326,6 +341,9 @@ func (c *chaos) run() *chaosReport {
 	c.drain()
 	drained := time.Now()
 	r := c.report()
+	if c.celery != nil {
+		c.celeryLate(r)
+	}
 	r.drain, r.took = drained.Sub(mended), drained.Sub(began)
 	return r
 }
@@ -374,7 +392,7 @@ func (c *chaos) enqueueBySQL(n int, rollBack bool) {
 		}
 		defer tx.Rollback(ctx) //nolint:errcheck // it may have been committed, or be gone
 		if _, err := tx.Exec(ctx, "INSERT INTO ledger (n) VALUES ($1)", n); err == nil {
-			if c.mode != plain {
+			if c.carpools() {
 				err = tx.QueryRow(ctx, "SELECT carpool.enqueue('chaos:effect', jsonb_build_object('n', $1::int))", n).Scan(&id)
 			}
 			if err != nil {
@@ -390,8 +408,8 @@ func (c *chaos) enqueueBySQL(n int, rollBack bool) {
 	switch {
 	case rollBack:
 		c.rolledBack.Add(1)
-	case c.mode == plain:
-		c.enqueueByClient(n) // as users of asynq do: after the commit
+	case !c.carpools():
+		c.enqueueByClient(n) // as users of asynq and Celery do: after the commit
 	default:
 		c.enqueued.Store(n, chaosJob{id, time.Now()})
 	}
@@ -416,6 +434,9 @@ func (c *chaos) committed(n int) (err error) {
 func (c *chaos) enqueueByClient(n int) {
 	id := fmt.Sprint("chaos-", n)
 	c.until(func(ctx context.Context) error {
+		if c.celery != nil {
+			return c.celery.producer.enqueue(c.t.Context(), n)
+		}
 		if c.mode == plain {
 			payload, _ := json.Marshal(chaosEffect{n})
 			_, err := c.producer.asynq.EnqueueContext(ctx, asynq.NewTask("chaos:effect", payload), asynq.TaskID(id))
@@ -457,6 +478,9 @@ func (c *chaos) drain() {
 
 // underway is how many jobs are on their way, or set aside in the outbox.
 func (c *chaos) underway() (n int, err error) {
+	if c.celery != nil {
+		return c.celeryUnderway()
+	}
 	if err := c.db.QueryRow(c.t.Context(), "SELECT count(*) FROM carpool.outbox").Scan(&n); err != nil {
 		return 0, err
 	}
