@@ -29,8 +29,8 @@ import (
 )
 
 var (
-	chaosJobs = flag.Int("chaos.jobs", 1000, "jobs, half of them enqueued in SQL transactions of which a third are rolled back")
-	chaosTime = flag.Duration("chaos.time", 15*time.Second, "the time over which jobs are enqueued, while things break")
+	chaosJobs = flag.Int("chaos.jobs", 600, "jobs, half of them enqueued in SQL transactions of which a third are rolled back")
+	chaosTime = flag.Duration("chaos.time", 10*time.Second, "the time over which jobs are enqueued, while things break")
 	chaosMode = flag.String("chaos.mode", protected, "protected, unprotected (the handler's own transaction), plain (asynq and pgx alone), celery (with SQLAlchemy), or all")
 	chaosSeed = flag.Uint64("chaos.seed", 0, "the same faults as in another run; 0 draws one")
 	chaosLong = flag.Bool("chaos.long", false, "faults last longer, and some outlast a job's lease")
@@ -212,7 +212,7 @@ func (c *chaos) newNode(name string) *chaosNode {
 	redisURL, n.redis = throughProxy(c.t, c.redis.URL())
 	n.env = []string{
 		"DATABASE_URL=" + databaseURL, "REDIS_URL=" + redisURL, chaosEnv + "=" + c.mode,
-		"LOG_LEVEL=debug", "LOG_FORMAT=json", "PATH=" + os.Getenv("PATH"), "GORACE=halt_on_error=1",
+		"WORKER_FETCHERS=2", "LOG_LEVEL=debug", "LOG_FORMAT=json", "PATH=" + os.Getenv("PATH"), "GORACE=halt_on_error=1",
 	}
 	return n
 }
