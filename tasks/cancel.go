@@ -57,7 +57,9 @@ func (c *Client) Cancel(ctx context.Context, id string) error {
 			return fmt.Errorf("tasks: cancel job %s: %w: it is %s", id, ErrJobEnded, info.State)
 		default:
 			if running && time.Until(info.NextProcessAt) > 365*24*time.Hour {
-				break // its worker is about to archive it
+				// Its worker is about to archive it, if it still lives.
+				_ = c.inspector.ArchiveTask(info.Queue, id)
+				break
 			}
 			err := c.inspector.DeleteTask(info.Queue, id)
 			if err == nil {

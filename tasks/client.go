@@ -34,7 +34,8 @@ type EnqueueOptions struct {
 	// ID is the job's id, if its enqueuer wants to choose it; "" means a new UUID
 	// of version 7. Enqueueing an id that the queue has already does nothing and
 	// is no error, so a call that got no answer may be repeated; if the queue's is
-	// a job of another kind, it is an error. Ids of jobs that
+	// a job of another kind, it is an error. It should be unique over all queues:
+	// asynq's cancellations and leases know a job by its id alone. Ids of jobs that
 	// have ended, and are not retained, are forgotten: only a transactional task
 	// (see [RegisterTx]) is safe against an id that comes again later.
 	ID string

@@ -98,6 +98,11 @@ func once(ctx context.Context, job *Job, fn func(tx pgx.Tx) ([]byte, error)) (js
 		if isRecorded(err) {
 			continue // by another run, after this one had looked
 		}
+		if dbpool.IsAway(err) {
+			// Perhaps another run has ended this one's session, which then goes
+			// first; or the two would end each other's for ever.
+			job.givesWay = true
+		}
 		job.recorded = err == nil
 		return result, err
 	}
@@ -135,13 +140,19 @@ const (
 // and at last ends that one's session: a worker that slept beyond its lease must
 // not commit after its successor.
 func beginOnce(ctx context.Context, job *Job) (tx *onceTx, result json.RawMessage, done bool, err error) {
-	since := time.Now()
+	since, grace := time.Now(), otherRunGrace
+	if deadline, ok := ctx.Deadline(); ok {
+		grace = min(grace, time.Until(deadline)/2)
+	}
+	if job.givesWay {
+		time.Sleep(3 * otherRunCheck)
+	}
 	for {
 		tx, locked, result, done, err := tryBegin(ctx, job)
 		if err != nil || tx != nil || done {
 			return tx, result, done, err
 		}
-		if !locked && time.Since(since) > otherRunGrace {
+		if !locked && time.Since(since) > grace && !job.givesWay {
 			var ended int
 			if err := job.DB.QueryRow(ctx, endOther, job.ID, job.Kind).Scan(&ended); err != nil {
 				return nil, nil, false, fmt.Errorf("end the session of another run: %w", err)
@@ -196,6 +207,12 @@ func tryBegin(ctx context.Context, job *Job) (tx *onceTx, locked bool, result js
 		return nil, locked, result, done, nil
 	}
 	return tx, true, nil, false, nil
+}
+
+// LookDone looks for the record of a transactional job, and returns its result, as
+// JSON, if there is one.
+func LookDone(ctx context.Context, job *Job) (result []byte, done bool, err error) {
+	return lookDone(ctx, job)
 }
 
 // lookDone looks for the job's record.
@@ -254,6 +271,8 @@ func (t *onceTx) commit(ctx context.Context, job *Job, result json.RawMessage) e
 	}
 	e, refused := errors.AsType[*pgconn.PgError](err)
 	switch {
+	case !refused && !t.conn.Conn().IsClosed():
+		return fmt.Errorf("commit the job's transaction: the handler has left rows open, or still uses it: %w", err)
 	case !refused || dbpool.IsAway(err):
 		return fmt.Errorf("commit the job's transaction: %w: %w", ErrNoAnswer, err)
 	case !recorded && e.Code == "25P02":

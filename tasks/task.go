@@ -50,6 +50,8 @@ const (
 	// TimeoutGrace is added to the timeout that asynq is told, so that a handler
 	// whose time is up can say so before asynq gives up waiting for it.
 	TimeoutGrace = 2 * time.Second
+	// maxMaxRetry is more than any job lives to see, and fits asynq's number.
+	maxMaxRetry = 1_000_000_000
 	// NoRetry as MaxRetry means that the first failure is the last.
 	NoRetry = -1
 )
@@ -84,6 +86,7 @@ func (o Options) withDefaults() Options {
 	case o.MaxRetry < 0:
 		o.MaxRetry = 0
 	}
+	o.MaxRetry = min(o.MaxRetry, maxMaxRetry)
 	if o.Timeout == 0 {
 		o.Timeout = DefaultTimeout
 	}
@@ -113,6 +116,7 @@ type Job struct {
 
 	isolation pgx.TxIsoLevel
 	recorded  bool // in carpool.jobs_done
+	givesWay  bool // to another run of the same job
 
 	mu       sync.Mutex
 	reported time.Time

@@ -63,7 +63,7 @@ const (
 func (f *frame) ProcessTask(asynqCtx context.Context, t *asynq.Task) error {
 	started := time.Now()
 	job, counted := f.newJob(asynqCtx, t)
-	run, err := f.runs.begin(asynqCtx, job.ID)
+	run, err := f.runs.begin(asynqCtx, job.Queue+" "+job.ID)
 	if err != nil {
 		return postponed(fmt.Errorf("an earlier run of this job has not ended: %w", err))
 	}
@@ -118,7 +118,7 @@ func (f *frame) ProcessTask(asynqCtx context.Context, t *asynq.Task) error {
 func (f *frame) HandleError(ctx context.Context, _ *asynq.Task, err error) {
 	id, _ := asynq.GetTaskID(ctx)
 	queue, _ := asynq.GetQueueName(ctx)
-	run := f.runs.giveUp(id, err)
+	run := f.runs.giveUp(queue+" "+id, err)
 	if run != nil {
 		awaitEnd(run.ended, id, f.log.With(slog.Group("job", "id", id)))
 	}
@@ -136,7 +136,9 @@ func (f *frame) putAway(queue, id string, done bool) {
 	if done {
 		put = f.inspector.DeleteTask
 	}
-	for giveUp := time.Now().Add(time.Minute); time.Now().Before(giveUp) && f.ending.Err() == nil; time.Sleep(20 * time.Millisecond) {
+	began := time.Now()
+	for time.Since(began) < 2*time.Second || time.Since(began) < time.Minute && f.ending.Err() == nil {
+		time.Sleep(20 * time.Millisecond)
 		err := put(queue, id)
 		if err == nil || errors.Is(err, asynq.ErrTaskNotFound) {
 			return
@@ -204,14 +206,25 @@ func (f *frame) attempt(ctx context.Context, job *tasks.Job, counted bool, data 
 	if err != nil {
 		return nil, err
 	}
-	if err := f.mayRun(job); err != nil {
-		return nil, err
-	}
 	stay := !counted && job.Attempt > job.MaxRetry // it can't be postponed
 	if task.Once {
 		if err := f.gate.wait(ctx, stay); err != nil {
 			return nil, postponed(fmt.Errorf("the database is away: %w", err))
 		}
+	}
+	if err := f.mayRun(job); err != nil {
+		if !task.Once {
+			return nil, err
+		}
+		// Its worker may have died after the commit.
+		result, done, lookErr := tasks.LookDone(ctx, job)
+		switch {
+		case lookErr != nil:
+			return nil, postponed(lookErr)
+		case done:
+			return result, nil
+		}
+		return nil, err
 	}
 	began := time.Now()
 	for conflicts := 0; ; {
@@ -230,6 +243,9 @@ func (f *frame) attempt(ctx context.Context, job *tasks.Job, counted bool, data 
 		if !f.isOutage(ctx, err, usage.Died > died, usage.Acquires > 0) {
 			f.gate.forgive(job.ID)
 			return nil, err
+		}
+		if busy, ok := errors.AsType[*dbpool.TimeoutError](err); ok && busy.ConnectErr == nil && !stay {
+			return nil, postponed(err) // others hold all connections
 		}
 		if f.gate.blame(job.ID) > maxOutages {
 			f.gate.forgive(job.ID)

@@ -14,7 +14,7 @@ import (
 // would run a job beside itself whose handler ignores the end of its time.
 type runs struct {
 	mu sync.Mutex
-	m  map[string]*jobRun // by id
+	m  map[string]*jobRun // by queue and id
 }
 
 type jobRun struct {
