@@ -240,7 +240,7 @@ func TestScheduler_ValidationsDoNotPileUpOnAQueueThatNobodyServes(t *testing.T) 
 	// Many ticks go by; the queue shows that only the first was enqueued.
 	seen := 0
 	eventually(t, "the scheduler ticks", func() bool {
-		if b.rdb.Get(t.Context(), "carpool:unique:pool:validate:instance-a").Err() == nil {
+		if b.rdb.Get(t.Context(), "carpool:unique:13:pool:validate:instance-a").Err() == nil {
 			seen++
 		}
 		return seen >= 50

@@ -148,9 +148,11 @@ const (
 	// maxRetryHeader carries how many times a job is tried again at most.
 	maxRetryHeader = "carpool-max-retry"
 	// spareRetry is how much more asynq is told. asynq archives a job that fails
-	// on its last try whatever the reason; with one try to spare, whether a
-	// failure counts is the worker's to say.
-	spareRetry = 1
+	// on its last try whatever the reason; with tries to spare, whether a failure
+	// counts is the worker's to say. One is for the last try, one for what comes
+	// after it: a look at a job whose worker has died, or a run of one that was
+	// put back.
+	spareRetry = 2
 )
 
 // MaxRetry returns how many times a job with these headers is tried again at
@@ -178,7 +180,10 @@ type uniqueLock struct {
 	since          time.Time
 }
 
-func uniqueLockKey(kind, key string) string { return "carpool:unique:" + kind + ":" + key }
+// uniqueLockKey tells apart kind a with key b:c, and kind a:b with key c.
+func uniqueLockKey(kind, key string) string {
+	return "carpool:unique:" + strconv.Itoa(len(kind)) + ":" + kind + ":" + key
+}
 
 func (l uniqueLock) String() string {
 	return l.id + " " + strconv.FormatInt(l.since.UnixMilli(), 10) + " " + l.queue

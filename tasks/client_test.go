@@ -85,6 +85,22 @@ func TestClient_UniqueKeyLetsOneOfManyThrough(t *testing.T) {
 	kit.RequireEnqueued(t, parcel{To: "Ada"})
 }
 
+// parcelExtra is a kind whose name goes on where parcel's ends.
+type parcelExtra struct{ parcel }
+
+func (parcelExtra) Kind() string { return "parcel:send:extra" }
+
+func TestClient_UniqueKeysAreEachKindsOwn(t *testing.T) {
+	t.Parallel()
+	kit := taskstest.New(t)
+	if _, err := kit.Client.Enqueue(t.Context(), parcel{To: "Ada"}, &tasks.EnqueueOptions{UniqueKey: "extra:k"}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := kit.Client.Enqueue(t.Context(), parcelExtra{parcel{To: "Ada"}}, &tasks.EnqueueOptions{UniqueKey: "k"}); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestClient_UniqueKeyOfAJobThatWasDeletedByHandIsTakenOver(t *testing.T) {
 	t.Parallel()
 	kit := taskstest.New(t)
@@ -94,7 +110,7 @@ func TestClient_UniqueKeyOfAJobThatWasDeletedByHandIsTakenOver(t *testing.T) {
 	}
 	defer rdb.Close()
 	// A holder that is not on its queue, and has had time enough to get there.
-	const key = "carpool:unique:parcel:send:k"
+	const key = "carpool:unique:11:parcel:send:k"
 	if err := rdb.Set(t.Context(), key, "gone 1000 default", 0).Err(); err != nil {
 		t.Fatal(err)
 	}

@@ -43,7 +43,7 @@ func RegisterOnce[P Payload, R any](s *Set, h Handler[P, R]) {
 	t := register[P](s)
 	t.Once = true
 	t.run = func(ctx context.Context, job *Job, p Payload) (any, error) {
-		result, done, err := lookDone(ctx, job)
+		result, done, err := LookDone(ctx, job)
 		if err != nil || done {
 			return result, err
 		}
@@ -80,6 +80,10 @@ func Once[R any](ctx context.Context, job *Job, fn func(tx pgx.Tx) (R, error)) (
 // it then finds its record, or not.
 var ErrNoAnswer = errors.New("the database did not answer")
 
+// ErrOtherRun is wrapped by the error of a job whose time was up before another run
+// of it, which has lost its lease, had ended its transaction.
+var ErrOtherRun = errors.New("another run of this job is still in its transaction")
+
 // once is [Once] with the result as JSON, nil for none.
 func once(ctx context.Context, job *Job, fn func(tx pgx.Tx) ([]byte, error)) (json.RawMessage, error) {
 	if job.recorded {
@@ -113,8 +117,8 @@ const (
 	// transaction is open; the record alone would only stop it at its end.
 	lockJob = "SELECT pg_try_advisory_xact_lock(hashtextextended('carpool job ' || $1 || ' ' || $2, 0))"
 	lookJob = "SELECT result FROM carpool.jobs_done WHERE id = $1 AND kind = $2"
-	// endOther ends the session that holds lockJob.
-	endOther = `SELECT count(pg_terminate_backend(l.pid)) FROM pg_locks l,
+	// endHolder ends the session that holds lockJob.
+	endHolder = `SELECT count(pg_terminate_backend(l.pid)) FROM pg_locks l,
 		LATERAL (SELECT hashtextextended('carpool job ' || $1 || ' ' || $2, 0) AS key) k
 		WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1 AND l.pid <> pg_backend_pid()
 		AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
@@ -140,7 +144,7 @@ const (
 // and at last ends that one's session: a worker that slept beyond its lease must
 // not commit after its successor.
 func beginOnce(ctx context.Context, job *Job) (tx *onceTx, result json.RawMessage, done bool, err error) {
-	since, grace := time.Now(), otherRunGrace
+	since, grace, mayEnd := time.Now(), otherRunGrace, !job.givesWay
 	if deadline, ok := ctx.Deadline(); ok {
 		grace = min(grace, time.Until(deadline)/2)
 	}
@@ -152,22 +156,37 @@ func beginOnce(ctx context.Context, job *Job) (tx *onceTx, result json.RawMessag
 		if err != nil || tx != nil || done {
 			return tx, result, done, err
 		}
-		if !locked && time.Since(since) > grace && !job.givesWay {
-			var ended int
-			if err := job.DB.QueryRow(ctx, endOther, job.ID, job.Kind).Scan(&ended); err != nil {
-				return nil, nil, false, fmt.Errorf("end the session of another run: %w", err)
-			}
-			if ended > 0 {
-				job.Log.Warn("another run of this job did not end; its session was, and its transaction with it")
+		if !locked && mayEnd && time.Since(since) > grace {
+			if mayEnd, err = endOther(ctx, job); err != nil {
+				return nil, nil, false, err
 			}
 			since = time.Now()
 		}
 		select {
 		case <-ctx.Done():
-			return nil, nil, false, fmt.Errorf("another run of this job is still in its transaction: %w", context.Cause(ctx))
+			return nil, nil, false, fmt.Errorf("%w: %w", ErrOtherRun, context.Cause(ctx))
 		case <-time.After(otherRunCheck):
 		}
 	}
+}
+
+// endOther ends the session of the job's other run. may is false if it is another
+// role's, whose sessions this one may not end.
+func endOther(ctx context.Context, job *Job) (may bool, err error) {
+	var ended int
+	err = job.DB.QueryRow(ctx, endHolder, job.ID, job.Kind).Scan(&ended)
+	if e, ok := errors.AsType[*pgconn.PgError](err); ok && e.Code == "42501" { // insufficient_privilege
+		job.Log.Warn("another run of this job does not end, and its session is another role's; it is waited for. "+
+			"GRANT pg_signal_backend TO the worker's role, and its session will be ended", "error", e.Message)
+		return false, nil
+	}
+	if err != nil {
+		return true, fmt.Errorf("end the session of another run: %w", err)
+	}
+	if ended > 0 {
+		job.Log.Warn("another run of this job did not end; its session was, and its transaction with it")
+	}
+	return true, nil
 }
 
 // tryBegin begins a transaction, locks the job and looks for its record, in one
@@ -201,7 +220,7 @@ func tryBegin(ctx context.Context, job *Job) (tx *onceTx, locked bool, result js
 		}
 		return nil, false, nil, false, err
 	}
-	tx = &onceTx{Tx: inner, conn: conn}
+	tx = &onceTx{lentTx: lentTx{inner, conn}}
 	if done || !locked {
 		tx.rollBack()
 		return nil, locked, result, done, nil
@@ -209,14 +228,9 @@ func tryBegin(ctx context.Context, job *Job) (tx *onceTx, locked bool, result js
 	return tx, true, nil, false, nil
 }
 
-// LookDone looks for the record of a transactional job, and returns its result, as
-// JSON, if there is one.
-func LookDone(ctx context.Context, job *Job) (result []byte, done bool, err error) {
-	return lookDone(ctx, job)
-}
-
-// lookDone looks for the job's record.
-func lookDone(ctx context.Context, job *Job) (result json.RawMessage, done bool, err error) {
+// LookDone looks for the record of a transactional job, and returns its result, nil
+// for none. The errors are the database's.
+func LookDone(ctx context.Context, job *Job) (result json.RawMessage, done bool, err error) {
 	err = job.DB.QueryRow(ctx, lookJob, job.ID, job.Kind).Scan(&result)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return nil, false, nil
@@ -227,106 +241,8 @@ func lookDone(ctx context.Context, job *Job) (result json.RawMessage, done bool,
 	return result, true, nil
 }
 
-// onceTx is the transaction of a job as its handler has it.
-type onceTx struct {
-	pgx.Tx
-	conn  *dbpool.Conn
-	ended bool // by run
-}
-
-// run runs fn, and commits what it did with the job's record, or rolls back.
-func (t *onceTx) run(ctx context.Context, job *Job, fn func(tx pgx.Tx) ([]byte, error)) (json.RawMessage, error) {
-	defer func() {
-		if !t.ended {
-			t.rollBack() // fn has failed, or panicked
-		}
-	}()
-	result, err := fn(t)
-	if err != nil {
-		return nil, err
-	}
-	if err := ctx.Err(); err != nil {
-		return nil, fmt.Errorf("the handler has ended too late: %w", context.Cause(ctx))
-	}
-	return result, t.commit(ctx, job, result)
-}
-
-// commit records the job and commits, in one round trip.
-func (t *onceTx) commit(ctx context.Context, job *Job, result json.RawMessage) error {
-	var b pgx.Batch
-	recorded := false
-	b.Queue(recordJob, job.ID, job.Kind, job.Queue, result).Exec(func(pgconn.CommandTag) error {
-		recorded = true
-		return nil
-	})
-	b.Queue("COMMIT")
-	// A context that ends amid the commit would leave open what became of it.
-	commitCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), answerBound)
-	defer cancel()
-	err := t.conn.SendBatch(commitCtx, &b).Close()
-	if err == nil {
-		t.ended = true
-		t.conn.Release()
-		return nil
-	}
-	e, refused := errors.AsType[*pgconn.PgError](err)
-	switch {
-	case !refused && !t.conn.Conn().IsClosed():
-		return fmt.Errorf("commit the job's transaction: the handler has left rows open, or still uses it: %w", err)
-	case !refused || dbpool.IsAway(err):
-		return fmt.Errorf("commit the job's transaction: %w: %w", ErrNoAnswer, err)
-	case !recorded && e.Code == "25P02":
-		return errors.New("the handler went on after a statement of its transaction had failed, and returned no error; nothing is committed")
-	}
-	return fmt.Errorf("commit the job's transaction: %w", err)
-}
-
-func (t *onceTx) rollBack() {
-	t.ended = true
-	ctx, cancel := context.WithTimeout(context.Background(), answerBound)
-	defer cancel()
-	_ = t.Tx.Rollback(ctx) // the pool closes a connection that is still in a transaction
-	t.conn.Release()
-}
-
 // isRecorded reports whether err says that the job's record is there already.
 func isRecorded(err error) bool {
 	e, ok := errors.AsType[*pgconn.PgError](err)
 	return ok && e.Code == "23505" && e.SchemaName == "carpool" && e.TableName == "jobs_done"
-}
-
-// errTxNotYours is what a handler gets that ends the transaction itself.
-var errTxNotYours = errors.New("the job's transaction is ended by the worker: return nil to commit, an error to roll back")
-
-func (t *onceTx) Commit(context.Context) error   { return errTxNotYours }
-func (t *onceTx) Rollback(context.Context) error { return errTxNotYours }
-
-// The statements go through the pool's connection, which serves nobody who uses
-// the transaction after the handler has returned.
-
-func (t *onceTx) Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error) {
-	return t.conn.Exec(ctx, sql, args...)
-}
-
-func (t *onceTx) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
-	return t.conn.Query(ctx, sql, args...)
-}
-
-func (t *onceTx) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
-	return t.conn.QueryRow(ctx, sql, args...)
-}
-
-func (t *onceTx) CopyFrom(ctx context.Context, table pgx.Identifier, columns []string, src pgx.CopyFromSource) (int64, error) {
-	return t.conn.CopyFrom(ctx, table, columns, src)
-}
-
-func (t *onceTx) SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchResults {
-	return t.conn.SendBatch(ctx, b)
-}
-
-func (t *onceTx) Begin(ctx context.Context) (pgx.Tx, error) {
-	if t.conn.Conn() == nil {
-		return nil, pgx.ErrTxClosed
-	}
-	return t.Tx.Begin(ctx)
 }

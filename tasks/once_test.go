@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/hibiken/asynq"
 	"github.com/jackc/pgx/v5"
 
 	"github.com/carpool-go/carpool/dbpool"
@@ -290,12 +291,28 @@ func TestRegisterTx_CommitWhoseAnswerIsLostIsResolvedByLooking(t *testing.T) {
 	}
 }
 
-func TestRegisterTx_TransactionIsTheWorkersToEnd(t *testing.T) {
+func TestRegisterTx_CommitMayTakeAsLongAsTheJob(t *testing.T) {
 	t.Parallel()
-	var kept pgx.Tx
+	ran := 0
 	a := openAccount(t, func(s *tasks.Set) {
 		tasks.RegisterTx(s, func(ctx context.Context, _ *tasks.Job, tx pgx.Tx, p credit) (int, error) {
-			kept = tx
+			ran++
+			return add(ctx, tx, p.Amount)
+		})
+	})
+	if _, err := a.DB.Exec(t.Context(), `CREATE FUNCTION slowly() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(11); RETURN NULL; END';
+		CREATE CONSTRAINT TRIGGER slowly AFTER UPDATE ON account DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION slowly()`); err != nil {
+		t.Fatal(err)
+	}
+	if result, err := a.deliver(t.Context(), a.DB, "1"); result != "5" || err != nil || ran != 1 {
+		t.Errorf("result %s, error %v after %d runs; want 5", result, err, ran)
+	}
+}
+
+func TestRegisterTx_TransactionIsTheWorkersToEnd(t *testing.T) {
+	t.Parallel()
+	a := openAccount(t, func(s *tasks.Set) {
+		tasks.RegisterTx(s, func(ctx context.Context, _ *tasks.Job, tx pgx.Tx, p credit) (int, error) {
 			if tx.Commit(ctx) == nil || tx.Rollback(ctx) == nil {
 				t.Error("the handler can end the transaction")
 			}
@@ -312,11 +329,86 @@ func TestRegisterTx_TransactionIsTheWorkersToEnd(t *testing.T) {
 	if result, err := a.deliver(t.Context(), a.DB, "1"); result != "5" || err != nil {
 		t.Errorf("result %s, error %v; want 5", result, err)
 	}
-	if _, err := kept.Exec(t.Context(), "UPDATE account SET balance = 0"); err == nil {
-		t.Error("the transaction can be used after the handler has returned")
+}
+
+// In a script that brings its own BEGIN and COMMIT, for one.
+func TestRegisterTx_TransactionThatWasEndedInSQLIsAFailure(t *testing.T) {
+	t.Parallel()
+	for _, end := range []string{"ROLLBACK", "BEGIN; UPDATE account SET balance = 7; COMMIT"} {
+		t.Run(end, func(t *testing.T) {
+			t.Parallel()
+			a := openAccount(t, func(s *tasks.Set) {
+				tasks.RegisterTx(s, func(ctx context.Context, _ *tasks.Job, tx pgx.Tx, p credit) (int, error) {
+					balance, _ := add(ctx, tx, p.Amount)
+					_, err := tx.Exec(ctx, end)
+					return balance, err
+				})
+			})
+			_, err := a.deliver(t.Context(), a.DB, "1")
+			if !errors.Is(err, asynq.SkipRetry) || !strings.Contains(err.Error(), "not by COMMIT or ROLLBACK") {
+				t.Errorf("error %v, want a permanent one that says whose the transaction is", err)
+			}
+		})
 	}
-	if _, err := kept.Begin(t.Context()); err == nil {
-		t.Error("a savepoint can be made after the handler has returned")
+}
+
+// The connection serves the next job by then.
+func TestRegisterTx_TransactionCannotBeUsedAfterTheHandlerHasReturned(t *testing.T) {
+	t.Parallel()
+	var kept, savepoint pgx.Tx
+	a := openAccount(t, func(s *tasks.Set) {
+		tasks.RegisterTx(s, func(ctx context.Context, _ *tasks.Job, tx pgx.Tx, p credit) (int, error) {
+			if kept != nil {
+				for name, old := range map[string]pgx.Tx{"transaction": kept, "savepoint": savepoint} {
+					if _, err := old.Exec(ctx, "UPDATE account SET balance = 0"); err == nil {
+						t.Errorf("Exec of the %s", name)
+					}
+					if err := old.QueryRow(ctx, "SELECT 1").Scan(new(int)); err == nil {
+						t.Errorf("QueryRow of the %s", name)
+					}
+					if _, err := old.Query(ctx, "SELECT 1"); err == nil {
+						t.Errorf("Query of the %s", name)
+					}
+					if err := old.SendBatch(ctx, &pgx.Batch{}).Close(); err == nil {
+						t.Errorf("SendBatch of the %s", name)
+					}
+					if _, err := old.CopyFrom(ctx, pgx.Identifier{"account"}, []string{"balance"}, pgx.CopyFromRows(nil)); err == nil {
+						t.Errorf("CopyFrom of the %s", name)
+					}
+					if _, err := old.Prepare(ctx, "s", "SELECT 1"); err == nil {
+						t.Errorf("Prepare of the %s", name)
+					}
+					if _, err := old.Begin(ctx); err == nil {
+						t.Errorf("Begin of the %s", name)
+					}
+					if old.Conn() != nil {
+						t.Errorf("Conn of the %s", name)
+					}
+					if old.Commit(ctx) == nil || old.Rollback(ctx) == nil {
+						t.Errorf("Commit or Rollback of the %s", name)
+					}
+				}
+				return add(ctx, tx, p.Amount)
+			}
+			kept = tx
+			var err error
+			if savepoint, err = tx.Begin(ctx); err != nil {
+				return 0, err
+			}
+			return add(ctx, savepoint, p.Amount)
+		})
+	})
+	cfg := dbpool.DefaultConfig(a.DatabaseURL)
+	cfg.Size, cfg.MaxOverflow = 1, 0
+	db, err := dbpool.Open(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	for i, want := range []string{"5", "10"} {
+		if result, err := a.deliver(t.Context(), db, uuid.NewString()); result != want || err != nil {
+			t.Errorf("job %d: result %s, error %v; want %s", i, result, err, want)
+		}
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode/utf8"
 )
 
 // Set is the kinds of job that a worker can run. The zero value is empty and
@@ -122,8 +123,8 @@ func marshalResult(result any, err error) ([]byte, error) {
 		return nil, err
 	}
 	if raw, ok := result.(json.RawMessage); ok {
-		if raw != nil && !json.Valid(raw) {
-			return nil, Permanent(errors.New("the handler's result is a json.RawMessage that is not JSON"))
+		if raw != nil && (!json.Valid(raw) || !utf8.Valid(raw)) {
+			return nil, Permanent(errors.New("the handler's result is a json.RawMessage that is not JSON in UTF-8"))
 		}
 		return raw, nil
 	}

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/hibiken/asynq"
 
 	"github.com/carpool-go/carpool/tasks"
 )
@@ -45,6 +46,21 @@ func parcelTask(t testing.TB) *tasks.Task {
 		t.Fatal(err)
 	}
 	return task
+}
+
+func TestTask_ResultThatIsNotJSONInUTF8IsRefusedForGood(t *testing.T) {
+	t.Parallel()
+	for _, raw := range []string{"{", "", "\"\xff\""} {
+		set := new(tasks.Set)
+		tasks.Register(set, func(context.Context, *tasks.Job, parcel) (json.RawMessage, error) { return json.RawMessage(raw), nil })
+		task, err := set.Lookup("parcel:send")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if result, err := task.Run(t.Context(), &tasks.Job{}, parcel{}); !errors.Is(err, asynq.SkipRetry) {
+			t.Errorf("%q: result %q, error %v; want a permanent one", raw, result, err)
+		}
+	}
 }
 
 func TestTask_DescribesItsPayload(t *testing.T) {
