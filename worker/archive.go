@@ -301,19 +301,20 @@ return 1`)
 // the next failure would be the last.
 func (a *archive) retry(ctx context.Context, job *asynq.TaskInfo) error {
 	key := taskKey(job.Queue, job.ID)
-	message, err := a.rdb.HGet(ctx, key, "msg").Bytes()
+	data, err := a.rdb.HGet(ctx, key, "msg").Bytes()
 	if errors.Is(err, redis.Nil) {
 		return asynq.ErrTaskNotFound
 	}
 	if err != nil {
 		return err
 	}
-	message, err = editMessage(message, func(int) int { return 0 }, "", 0)
+	msg, err := parseMessage(data)
 	if err != nil {
 		return err
 	}
+	msg.retried = 0
 	keys := []string{asynqKey(job.Queue, "archived"), asynqKey(job.Queue, "pending"), key}
-	moved, err := retryScript.Run(ctx, a.rdb, keys, job.ID, message, time.Now().UnixNano()).Int()
+	moved, err := retryScript.Run(ctx, a.rdb, keys, job.ID, msg.encode(), time.Now().UnixNano()).Int()
 	if err == nil && moved == 0 {
 		return asynq.ErrTaskNotFound
 	}

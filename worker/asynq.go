@@ -73,10 +73,13 @@ func startServers(rdb redis.UniversalClient, cfg config, f *frame, instanceQueue
 	return s, nil
 }
 
-// stop stops fetching at once, lets jobs finish for the shutdown timeout, then
+// stopFetching returns when no more jobs are fetched.
+func (s *asynqServers) stopFetching() { s.each((*asynq.Server).Stop) }
+
+// stop stops fetching, lets jobs finish for the shutdown timeout, then
 // ends their contexts, and pushes back what still has not finished.
 func (s *asynqServers) stop() {
-	s.each((*asynq.Server).Stop)
+	s.stopFetching()
 	timeUp := time.AfterFunc(s.shutdownTimeout, func() { s.end(errEnding) })
 	defer timeUp.Stop()
 	s.each((*asynq.Server).Shutdown)

@@ -6,6 +6,10 @@ import (
 	"fmt"
 	"log/slog"
 	"regexp"
+	"time"
+
+	"github.com/hibiken/asynq"
+	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/dbpool"
 	"github.com/carpool-go/carpool/tasks"
@@ -64,4 +68,58 @@ func (c *cancelCmd) removeFromOutbox(ctx context.Context) (removed bool, err err
 	defer db.Close()
 	tag, err := db.Exec(ctx, "DELETE FROM carpool.outbox WHERE id = $1::text::uuid", c.ID)
 	return tag.RowsAffected() > 0, err
+}
+
+// putAway takes a job that was cancelled while it ran from those to be retried,
+// where asynq puts it whatever the handler returns: into the archive, or where jobs
+// go that are done if it is nevertheless. run is nil if it had not begun.
+func (f *frame) putAway(queue, id string, run *jobRun) {
+	began := time.Now()
+	for time.Since(began) < 2*time.Second || time.Since(began) < time.Minute && f.ending.Err() == nil {
+		time.Sleep(20 * time.Millisecond)
+		info, err := f.inspector.GetTaskInfo(queue, id)
+		switch {
+		case errors.Is(err, asynq.ErrTaskNotFound):
+			return
+		case err != nil, info.State == asynq.TaskStateActive:
+			continue // not yet
+		case info.State != asynq.TaskStateRetry:
+			return // asynq archives it by itself if it has no retry left
+		case run == nil || !run.done:
+			err = f.inspector.ArchiveTask(queue, id)
+		case info.Retention == 0:
+			err = f.inspector.DeleteTask(queue, id)
+		default:
+			err = complete(context.Background(), f.rdb, info, run.result)
+		}
+		if err == nil {
+			return
+		}
+	}
+	f.log.Warn("a cancelled job could not be put away; it stays among those to be retried, in a hundred years", slog.Group("job", "id", id, "queue", queue))
+}
+
+// completeScript moves a job from retry to completed.
+var completeScript = redis.NewScript(`
+if redis.call("ZREM", KEYS[1], ARGV[1]) == 0 then return 0 end
+redis.call("HSET", KEYS[3], "msg", ARGV[2], "state", "completed", "result", ARGV[4])
+redis.call("ZADD", KEYS[2], ARGV[3], ARGV[1])
+return 1`)
+
+// complete does to a job that is to be retried what asynq does to one that is done
+// and retained.
+func complete(ctx context.Context, rdb redis.UniversalClient, info *asynq.TaskInfo, result []byte) error {
+	key := taskKey(info.Queue, info.ID)
+	data, err := rdb.HGet(ctx, key, "msg").Bytes()
+	if err != nil {
+		return err
+	}
+	msg, err := parseMessage(data)
+	if err != nil {
+		return err
+	}
+	now := time.Now()
+	msg.lastErr, msg.lastFailedAt, msg.completedAt = "", 0, now.Unix()
+	keys := []string{asynqKey(info.Queue, "retry"), asynqKey(info.Queue, "completed"), key}
+	return completeScript.Run(ctx, rdb, keys, info.ID, msg.encode(), now.Add(info.Retention).Unix(), result).Err()
 }

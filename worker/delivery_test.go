@@ -3,14 +3,19 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math"
+	"net/url"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
 
+	"github.com/hibiken/asynq"
 	"github.com/jackc/pgx/v5"
+	"github.com/redis/go-redis/v9"
 
+	"github.com/carpool-go/carpool/dbpool"
 	"github.com/carpool-go/carpool/tasks"
 )
 
@@ -21,34 +26,6 @@ func txProbe(runs *atomic.Int32) func(*tasks.Set) {
 			runs.Add(1)
 			return p.Word, nil
 		})
-	}
-}
-
-// Its effects are committed, and then its worker died.
-func TestFrame_JobThatIsRecordedIsDoneAlsoWhenItsTriesAreUsedUp(t *testing.T) {
-	t.Parallel()
-	b := setup(t)
-	rdb := b.redis(t)
-	r := startRescue(rdb, []string{"default"}, time.Second, discard())
-	defer r.stop()
-	info, err := b.client.Enqueue(t.Context(), probe{"x"}, &tasks.EnqueueOptions{MaxRetry: tasks.NoRetry})
-	if err != nil {
-		t.Fatal(err)
-	}
-	conn, err := pgx.Connect(t.Context(), b.databaseURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close(context.Background())
-	if _, err := conn.Exec(t.Context(), `INSERT INTO carpool.jobs_done (id, kind, queue, result) VALUES ($1, 'probe', 'default', '"first"')`, info.ID); err != nil {
-		t.Fatal(err)
-	}
-	dies(t, rdb, info)
-	var runs atomic.Int32
-	f := b.runFrame(t, b, txProbe(&runs))
-	result, err := f.wait(t, info)
-	if err != nil || string(result) != `"first"` {
-		t.Errorf("result %s, error %v; want the first run's result", result, err)
 	}
 }
 
@@ -113,5 +90,274 @@ func TestFrame_RowsLeftOpenAreTheHandlersFailureAndNoOutage(t *testing.T) {
 	_, err := f.wait(t, f.enqueue(t, "x", &tasks.EnqueueOptions{MaxRetry: tasks.NoRetry}))
 	if runs.Load() != 1 || strings.Contains(f.log.String(), "the database is away") {
 		t.Errorf("%d runs for one try; error %v; the gate was shut: %v", runs.Load(), err, strings.Contains(f.log.String(), "the database is away"))
+	}
+}
+
+// As when a machine dies in an outage that took the others as well.
+func TestFrame_JobThatIsRecordedIsDoneAlsoIfPostgresIsAwayWhenThatIsLookedUp(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	at, postgres, _ := b.behindProxies(t)
+	rdb := b.redis(t)
+	r := startRescue(rdb, []string{"default"}, 2*time.Second, discard())
+	defer r.stop()
+	recorded, lost := b.unacknowledged(t)
+	var runs atomic.Int32
+	f := b.runFrame(t, at, txProbe(&runs))
+	postgres.Refuse()
+	postgres.Reset()
+	time.AfterFunc(6*time.Second, postgres.Heal)
+	if result, err := f.wait(t, recorded); err != nil || string(result) != `"first"` {
+		t.Errorf("result %s, error %v; want the first run's result", result, err)
+	}
+	if _, err := f.wait(t, lost); err == nil || !strings.Contains(err.Error(), "given up: its worker died, or lost its lease, while it ran (try 1)") {
+		t.Errorf("the one without a record: error %v; want it given up", err)
+	}
+	if runs.Load() != 0 {
+		t.Errorf("they were run %d times", runs.Load())
+	}
+}
+
+// unacknowledged returns two jobs whose workers have died on their last try: after
+// the commit, and before.
+func (b *bundle) unacknowledged(t *testing.T) (recorded, lost *asynq.TaskInfo) {
+	t.Helper()
+	for _, info := range []**asynq.TaskInfo{&recorded, &lost} {
+		var err error
+		if *info, err = b.client.Enqueue(t.Context(), probe{"x"}, &tasks.EnqueueOptions{MaxRetry: tasks.NoRetry}); err != nil {
+			t.Fatal(err)
+		}
+		dies(t, b.redis(t), *info)
+	}
+	conn, err := pgx.Connect(t.Context(), b.databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.Background())
+	if _, err := conn.Exec(t.Context(), `INSERT INTO carpool.jobs_done (id, kind, queue, result) VALUES ($1, 'probe', 'default', '"first"')`, recorded.ID); err != nil {
+		t.Fatal(err)
+	}
+	return recorded, lost
+}
+
+func TestFrame_JobThatWasGivenUpAndPutBackMaySnoozeAndFail(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	r := startRescue(b.redis(t), []string{"default"}, time.Second, discard())
+	defer r.stop()
+	_, info := b.unacknowledged(t)
+	var runs atomic.Int32
+	f := b.runFrame(t, b, func(s *tasks.Set) {
+		tasks.Register(s, func(context.Context, *tasks.Job, probe) (string, error) {
+			switch runs.Add(1) {
+			case 1:
+				return "", tasks.Snooze(time.Millisecond)
+			case 2:
+				return "", errors.New("not today")
+			}
+			return "awake", nil
+		})
+	})
+	if _, err := f.wait(t, info); err == nil {
+		t.Fatal("want it given up first")
+	}
+	if err := b.inspector.RunTask("default", info.ID); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.wait(t, info); err == nil || !strings.Contains(err.Error(), "not today") || runs.Load() != 2 {
+		t.Errorf("put back: error %v after %d runs; want a snooze and a failure", err, runs.Load())
+	}
+	if err := b.inspector.RunTask("default", info.ID); err != nil {
+		t.Fatal(err)
+	}
+	if result, err := f.wait(t, info); err != nil || runs.Load() != 3 {
+		t.Errorf("put back again: result %s, error %v after %d runs", result, err, runs.Load())
+	}
+}
+
+// otherProbe is a probe of another kind.
+type otherProbe struct{ probe }
+
+func (otherProbe) Kind() string { return "other" }
+
+func TestFrame_JobsOfOneIDOnTwoQueuesAreTwo(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	started, end := make(chan struct{}), make(chan struct{})
+	f := b.runFrameWith(t, frameConfig{queues: map[string]int{"default": 1, "bulk": 1}}, func(s *tasks.Set) {
+		tasks.Register(s, func(context.Context, *tasks.Job, probe) (string, error) {
+			close(started)
+			<-end
+			return "", nil
+		})
+		tasks.Register(s, func(context.Context, *tasks.Job, otherProbe) (string, error) { return "ok", nil })
+	})
+	defer close(end)
+	f.enqueue(t, "long", &tasks.EnqueueOptions{ID: "order-17", Queue: "bulk"})
+	<-started
+	info, err := f.client.Enqueue(t.Context(), otherProbe{probe{"x"}}, &tasks.EnqueueOptions{ID: "order-17"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if result, err := f.wait(t, info); err != nil || string(result) != `"ok"` {
+		t.Errorf("result %s, error %v", result, err)
+	}
+}
+
+func TestFrame_PoolThatOthersHoldUsesUpNoTry(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	f := b.runFrameWith(t, frameConfig{pool: func(c *dbpool.Config) {
+		c.Size, c.MaxOverflow, c.Timeout = 1, 0, 500*time.Millisecond
+	}}, func(s *tasks.Set) {
+		tasks.RegisterTx(s, func(ctx context.Context, _ *tasks.Job, tx pgx.Tx, p probe) (string, error) {
+			if p.Word == "long" {
+				_, err := tx.Exec(ctx, "SELECT pg_sleep(5)")
+				return "", err
+			}
+			return p.Word, nil
+		})
+	})
+	f.enqueue(t, "long", nil)
+	eventually(t, "it has the connection", func() bool { return f.db.Stats().CheckedOut == 1 })
+	if result, err := f.wait(t, f.enqueue(t, "short", &tasks.EnqueueOptions{MaxRetry: tasks.NoRetry})); err != nil {
+		t.Errorf("result %s, error %v", result, err)
+	}
+	if strings.Contains(f.log.String(), "the database is away") {
+		t.Error("a busy pool is taken for an outage")
+	}
+}
+
+// Redis has forgotten the fetch, and neither worker knows that it has lost the job.
+func TestFrame_TwoLivingRunsDoNotEndEachOtherForEver(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	rdb := b.redis(t)
+	var runs atomic.Int32
+	register := func(s *tasks.Set) {
+		tasks.RegisterTx(s, func(ctx context.Context, _ *tasks.Job, tx pgx.Tx, _ probe) (string, error) {
+			runs.Add(1)
+			_, err := tx.Exec(ctx, "SELECT pg_sleep(12)")
+			return "ok", err
+		})
+	}
+	b.runFrameWith(t, frameConfig{hands: 1}, register)
+	info, err := b.client.Enqueue(t.Context(), probe{"x"}, &tasks.EnqueueOptions{MaxRetry: tasks.NoRetry})
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it runs", func() bool { return runs.Load() == 1 })
+	pipe := rdb.TxPipeline()
+	pipe.LRem(t.Context(), asynqKey("default", "active"), 1, info.ID)
+	pipe.ZRem(t.Context(), asynqKey("default", "lease"), info.ID)
+	pipe.LPush(t.Context(), asynqKey("default", "pending"), info.ID)
+	pipe.HSet(t.Context(), taskKey("default", info.ID), "state", "pending")
+	if _, err := pipe.Exec(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	b.runFrameWith(t, frameConfig{hands: 1}, register)
+	if result, err := b.wait(t, info); err != nil || runs.Load() != 2 {
+		t.Errorf("result %s, error %v after %d runs; want that the second ends the first, and no more", result, err, runs.Load())
+	}
+}
+
+// A reset may come between a fetch and its answer.
+func TestFrame_ResetsOfRedisCostNoTry(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	at, _, proxy := b.behindProxies(t)
+	r := startRescue(b.redis(t), []string{"default"}, 4*time.Second, discard())
+	defer r.stop()
+	var lost atomic.Bool
+	fetch := func(ctx context.Context, cmd redis.Cmder) bool {
+		script, ok := cmd.(*redis.Cmd)
+		if !ok || isAck(ctx, cmd) {
+			return false
+		}
+		text, ok := script.Val().(string)
+		return ok && strings.Contains(text, "probe")
+	}
+	f := b.runFrameWith(t, frameConfig{at: at, hook: losing{lost: &lost, is: fetch}}, func(s *tasks.Set) {
+		tasks.Register(s, func(context.Context, *tasks.Job, probe) (any, error) { return nil, nil })
+	})
+	var jobs []*asynq.TaskInfo
+	for i := range 300 {
+		jobs = append(jobs, f.enqueue(t, "x", &tasks.EnqueueOptions{MaxRetry: tasks.NoRetry}))
+		if i%30 == 0 {
+			proxy.Reset()
+		}
+	}
+	for _, info := range jobs {
+		if _, err := f.wait(t, info); err != nil {
+			t.Error(err)
+		}
+	}
+	if !lost.Load() {
+		t.Error("no fetch was lost")
+	}
+}
+
+// As when credentials are rotated, or each deploy has a role of its own.
+func TestFrame_RunOfAnotherRoleIsWaitedForAndUsesUpNoTry(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	admin, err := pgx.Connect(t.Context(), b.databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer admin.Close(context.Background())
+	role := fmt.Sprintf("rotated_%d", time.Now().UnixNano())
+	if _, err := admin.Exec(t.Context(), "CREATE ROLE "+role+" LOGIN PASSWORD 'x'; GRANT USAGE ON SCHEMA carpool TO "+role+
+		"; GRANT ALL ON ALL TABLES IN SCHEMA carpool TO "+role); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _, _ = admin.Exec(context.Background(), "DROP OWNED BY "+role+"; DROP ROLE "+role) }()
+	info, err := b.client.Enqueue(t.Context(), probe{"x"}, &tasks.EnqueueOptions{MaxRetry: tasks.NoRetry, Timeout: 3 * time.Second})
+	if err != nil {
+		t.Fatal(err)
+	}
+	holder, err := admin.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := holder.Exec(t.Context(), "SELECT pg_advisory_xact_lock(hashtextextended('carpool job "+info.ID+" probe', 0))"); err != nil {
+		t.Fatal(err)
+	}
+	var runs atomic.Int32
+	f := b.runFrameWith(t, frameConfig{pool: func(c *dbpool.Config) {
+		u, err := url.Parse(b.databaseURL)
+		if err != nil {
+			t.Fatal(err)
+		}
+		u.User = url.UserPassword(role, "x")
+		c.URL = u.String()
+	}}, txProbe(&runs))
+	f.records(t, 1) // its time is up, and it is postponed
+	if err := holder.Rollback(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if result, err := f.wait(t, info); err != nil || runs.Load() != 1 {
+		t.Errorf("result %s, error %v after %d runs", result, err, runs.Load())
+	}
+	f.log.wait(t, "GRANT pg_signal_backend")
+	f.db.Close()
+}
+
+// brokenError is an error of a handler that is a nil pointer.
+type brokenError struct{ text string }
+
+func (e *brokenError) Error() string { return e.text }
+
+func TestFrame_ErrorThatPanicsIsTheHandlersFailure(t *testing.T) {
+	t.Parallel()
+	var runs atomic.Int32
+	f := runFrame(t, func(context.Context, *tasks.Job, probe) (string, error) {
+		runs.Add(1)
+		var e *brokenError
+		return "", e
+	})
+	_, err := f.wait(t, f.enqueue(t, "x", &tasks.EnqueueOptions{MaxRetry: tasks.NoRetry}))
+	if err == nil || !strings.Contains(err.Error(), "panic: ") || runs.Load() != 1 {
+		t.Errorf("error %v after %d runs", err, runs.Load())
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"github.com/hibiken/asynq"
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"github.com/carpool-go/carpool/dbpool"
 	"github.com/carpool-go/carpool/tasks"
 )
 
@@ -39,6 +40,13 @@ var errCancelled = tasks.Permanent(errors.New("cancelled"))
 func isConflict(err error) bool {
 	e, ok := errors.AsType[*pgconn.PgError](err)
 	return ok && (e.Code == "40001" || e.Code == "40P01")
+}
+
+// isRefusal reports whether err is Postgres' answer to a statement, and not one
+// that comes of an outage.
+func isRefusal(err error) bool {
+	_, ok := errors.AsType[*pgconn.PgError](err)
+	return ok && !dbpool.IsAway(err)
 }
 
 // isFailure is asynq's question whether an error uses up a try.
@@ -86,9 +94,15 @@ func retryDelay(retried int, err error, _ *asynq.Task) time.Duration {
 // `worker archive retry` it begins anew.
 const gaveUp = "given up: "
 
-// crashed is the last error of a job whose worker died. Asynq's own recoverer
+// crashed is the last error of a job whose worker died. asynq's own recoverer
 // writes asynq.ErrLeaseExpired.
 const crashed = "its worker died, or lost its lease, while it ran"
+
+// isUnended reports whether a job's last error says that the attempt had no end:
+// neither its handler's, nor one that the frame has seen.
+func isUnended(lastErr string) bool {
+	return lastErr == crashed || lastErr == asynq.ErrLeaseExpired.Error() || lastErr == context.DeadlineExceeded.Error()
+}
 
 func giveUp(lastErr string, tries int) error {
 	if lastErr == asynq.ErrLeaseExpired.Error() {

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/hibiken/asynq"
+	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/dbpool"
 	"github.com/carpool-go/carpool/tasks"
@@ -23,6 +24,7 @@ import (
 // run, account, log.
 type frame struct {
 	tasks     *tasks.Set
+	rdb       redis.UniversalClient
 	client    *tasks.Client
 	inspector *asynq.Inspector
 	db        *dbpool.Pool
@@ -46,6 +48,7 @@ var (
 	// errTimeout is wrapped by the cause of one that ended because the job's
 	// time was up.
 	errTimeout = errors.New("it ran into its timeout")
+	errGoexit  = errors.New("the handler ended its goroutine, by runtime.Goexit or a test's FailNow, instead of returning")
 )
 
 // The outcomes of one attempt, as the record after each job has them.
@@ -62,7 +65,7 @@ const (
 // ProcessTask runs one attempt of a job.
 func (f *frame) ProcessTask(asynqCtx context.Context, t *asynq.Task) error {
 	started := time.Now()
-	job, counted := f.newJob(asynqCtx, t)
+	job, last := f.newJob(asynqCtx, t)
 	run, err := f.runs.begin(asynqCtx, job.Queue+" "+job.ID)
 	if err != nil {
 		return postponed(fmt.Errorf("an earlier run of this job has not ended: %w", err))
@@ -75,17 +78,17 @@ func (f *frame) ProcessTask(asynqCtx context.Context, t *asynq.Task) error {
 	defer borrower.End() // also when a handler ends its goroutine
 	var result []byte
 	pprof.Do(ctx, pprof.Labels(jobLabel, job.ID), func(ctx context.Context) {
-		result, err = f.attempt(ctx, job, counted, t.Payload(), borrower)
+		result, err = f.attempt(ctx, job, last, t.Payload(), borrower)
 	})
 	usage := borrower.End()
 	err = explain(ctx, err)
 	if why := run.givenUp(asynqCtx); why != nil && !errors.Is(err, why) && !(why == errCancelled && err == nil) {
 		err = why // asynq doesn't hear the handler any more
 	}
-	run.done = err == nil
+	run.done, run.result = err == nil, result
 
-	outcome := f.outcome(ctx, job, counted, err)
-	if outcome == outcomeDone && result != nil {
+	outcome := f.outcome(ctx, job, last, err)
+	if outcome == outcomeDone && result != nil && asynqCtx.Err() == nil { // else asynq doesn't write it
 		if err := job.WriteResult(result); err != nil {
 			job.Log.Warn("the job is done, but its result could not be written", "error", err)
 		}
@@ -101,7 +104,7 @@ func (f *frame) ProcessTask(asynqCtx context.Context, t *asynq.Task) error {
 	}
 	switch outcome {
 	case outcomeArchived:
-		return tasks.Permanent(err) // asynq has been told of one retry more
+		return tasks.Permanent(err) // asynq has been told of more retries
 	case outcomeInterrupted:
 		// An error would use up a retry. asynq pushes the job back to its queue
 		// when the time for the shutdown is up, and then ends this context.
@@ -123,40 +126,21 @@ func (f *frame) HandleError(ctx context.Context, _ *asynq.Task, err error) {
 		awaitEnd(run.ended, id, f.log.With(slog.Group("job", "id", id)))
 	}
 	if err == context.Canceled { //nolint:errorlint // asynq's own
-		done := run != nil && run.done
-		f.behind.Go(func() { f.putAway(queue, id, done) })
+		f.behind.Go(func() { f.putAway(queue, id, run) })
 	}
 }
 
-// putAway takes a job that was cancelled while it ran from those to be retried,
-// where asynq puts it whatever the handler returns: into the archive, or away if it
-// was done nevertheless.
-func (f *frame) putAway(queue, id string, done bool) {
-	put := f.inspector.ArchiveTask
-	if done {
-		put = f.inspector.DeleteTask
-	}
-	began := time.Now()
-	for time.Since(began) < 2*time.Second || time.Since(began) < time.Minute && f.ending.Err() == nil {
-		time.Sleep(20 * time.Millisecond)
-		err := put(queue, id)
-		if err == nil || errors.Is(err, asynq.ErrTaskNotFound) {
-			return
-		}
-	}
-	f.log.Warn("a cancelled job could not be put away; it stays among those to be retried, in a hundred years", slog.Group("job", "id", id, "queue", queue))
-}
-
-// newJob describes the attempt. counted tells that the frame says which failures
-// use up a try; of jobs that were enqueued by others, asynq archives the last try
-// whatever the frame says.
-func (f *frame) newJob(ctx context.Context, t *asynq.Task) (job *tasks.Job, counted bool) {
+// newJob describes the attempt. last tells that asynq archives the job if the
+// attempt ends with an error, whatever it is: asynq has been told of more retries
+// than the job has, but only by tasks.Client, and there is an end to those too.
+func (f *frame) newJob(ctx context.Context, t *asynq.Task) (job *tasks.Job, last bool) {
 	id, _ := asynq.GetTaskID(ctx)
 	queue, _ := asynq.GetQueueName(ctx)
 	retried, _ := asynq.GetRetryCount(ctx)
+	asynqMax, _ := asynq.GetMaxRetry(ctx)
 	maxRetry, counted := tasks.MaxRetry(t.Headers())
 	if !counted {
-		maxRetry, _ = asynq.GetMaxRetry(ctx)
+		maxRetry = asynqMax
 	}
 	return &tasks.Job{
 		ID: id, Kind: t.Type(), Queue: queue,
@@ -167,7 +151,7 @@ func (f *frame) newJob(ctx context.Context, t *asynq.Task) (job *tasks.Job, coun
 			_, err := t.ResultWriter().Write(data)
 			return err
 		},
-	}, counted
+	}, retried >= asynqMax
 }
 
 // bound returns the context of the handler. It ends a little before asynq's
@@ -197,7 +181,7 @@ const (
 )
 
 // attempt runs the handler until what comes of it is the job's own.
-func (f *frame) attempt(ctx context.Context, job *tasks.Job, counted bool, data []byte, borrower *dbpool.Borrower) ([]byte, error) {
+func (f *frame) attempt(ctx context.Context, job *tasks.Job, last bool, data []byte, borrower *dbpool.Borrower) ([]byte, error) {
 	task, err := f.tasks.Lookup(job.Kind)
 	if err != nil {
 		return nil, f.unknown(ctx, job, err)
@@ -206,25 +190,16 @@ func (f *frame) attempt(ctx context.Context, job *tasks.Job, counted bool, data 
 	if err != nil {
 		return nil, err
 	}
-	stay := !counted && job.Attempt > job.MaxRetry // it can't be postponed
-	if task.Once {
-		if err := f.gate.wait(ctx, stay); err != nil {
-			return nil, postponed(fmt.Errorf("the database is away: %w", err))
+	if job.Attempt > job.MaxRetry+1 {
+		result, ended, err := f.decideSpent(ctx, job, task)
+		if ended || err != nil {
+			return result, err
 		}
 	}
-	if err := f.mayRun(job); err != nil {
-		if !task.Once {
-			return nil, err
+	if task.Once {
+		if err := f.gate.wait(ctx, last); err != nil {
+			return nil, postponed(fmt.Errorf("the database is away: %w", err))
 		}
-		// Its worker may have died after the commit.
-		result, done, lookErr := tasks.LookDone(ctx, job)
-		switch {
-		case lookErr != nil:
-			return nil, postponed(lookErr)
-		case done:
-			return result, nil
-		}
-		return nil, err
 	}
 	began := time.Now()
 	for conflicts := 0; ; {
@@ -242,25 +217,37 @@ func (f *frame) attempt(ctx context.Context, job *tasks.Job, counted bool, data 
 		usage := borrower.End()
 		if !f.isOutage(ctx, err, usage.Died > died, usage.Acquires > 0) {
 			f.gate.forgive(job.ID)
+			if errors.Is(err, tasks.ErrOtherRun) {
+				err = postponed(err)
+			}
 			return nil, err
 		}
-		if busy, ok := errors.AsType[*dbpool.TimeoutError](err); ok && busy.ConnectErr == nil && !stay {
-			return nil, postponed(err) // others hold all connections
+		busy := f.note(err)
+		if busy && !last {
+			return nil, postponed(err)
 		}
 		if f.gate.blame(job.ID) > maxOutages {
 			f.gate.forgive(job.ID)
 			return nil, fmt.Errorf("the database went away %d times in a row while this job ran: %w", maxOutages+1, err)
 		}
-		if _, busy := errors.AsType[*dbpool.TimeoutError](err); !busy {
-			f.gate.shut(err)
-		}
-		if f.gate.wait(ctx, stay) != nil {
+		if f.gate.wait(ctx, last) != nil {
 			return nil, postponed(err)
 		}
-		if deadline, ok := ctx.Deadline(); ok && time.Since(began) > time.Until(deadline) && !stay {
+		if deadline, ok := ctx.Deadline(); ok && time.Since(began) > time.Until(deadline) && !last {
 			return nil, postponed(err) // a new delivery has its whole time again
 		}
 	}
+}
+
+// note shuts the gate for an error that says that the database is away, unless it
+// is only that others of this worker hold all connections.
+func (f *frame) note(outage error) (busy bool) {
+	timeout, ok := errors.AsType[*dbpool.TimeoutError](outage)
+	busy = ok && timeout.ConnectErr == nil
+	if !busy {
+		f.gate.shut(outage)
+	}
+	return busy
 }
 
 // unknownDelay is how long a job whose kind only others know is left to them, more
@@ -280,22 +267,49 @@ func (f *frame) unknown(ctx context.Context, job *tasks.Job, err error) error {
 	return err
 }
 
-// mayRun refuses a job that has used up its tries without having ended: its
-// worker died each time, or it ran into its timeout and did not say so.
-func (f *frame) mayRun(job *tasks.Job) error {
-	if job.Attempt <= job.MaxRetry+1 {
-		return nil
-	}
+// decideSpent decides on a job that has used up its tries without having ended: its
+// worker died each time, or it ran into its timeout and did not say so. It is given
+// up, unless the last worker died after the commit. That must be seen, and what is
+// postponed here may be archived by asynq, so an outage is waited for. ended is false
+// if the job is to be run all the same: somebody has put it back.
+func (f *frame) decideSpent(ctx context.Context, job *tasks.Job, task *tasks.Task) (result []byte, ended bool, err error) {
 	info, err := f.inspector.GetTaskInfo(job.Queue, job.ID)
-	if err != nil {
-		return postponed(fmt.Errorf("look why the job has not ended: %w", err))
+	for ; err != nil; info, err = f.inspector.GetTaskInfo(job.Queue, job.ID) {
+		select {
+		case <-ctx.Done():
+			return nil, false, postponed(fmt.Errorf("%s%s%w", crashed, notLookedUp, err))
+		case <-time.After(spentPause):
+		}
 	}
-	if strings.HasPrefix(info.LastErr, gaveUp) {
-		return nil // somebody has put it back
+	reason, _, _ := strings.Cut(info.LastErr, notLookedUp)
+	if !isUnended(reason) {
+		return nil, false, nil
 	}
 	job.Attempt-- // this is none
-	return giveUp(info.LastErr, job.Attempt)
+	for task.Once {
+		result, done, err := tasks.LookDone(ctx, job)
+		switch {
+		case done:
+			return result, true, nil
+		case err == nil:
+			return nil, false, giveUp(reason, job.Attempt)
+		case isRefusal(err):
+			return nil, false, fmt.Errorf("%w%s%w", giveUp(reason, job.Attempt), notLookedUp, err)
+		}
+		f.note(err)
+		if f.gate.wait(ctx, true) != nil || ctx.Err() != nil {
+			return nil, false, postponed(fmt.Errorf("%s%s%w", reason, notLookedUp, err))
+		}
+	}
+	return nil, false, giveUp(reason, job.Attempt)
 }
+
+const (
+	spentPause = 250 * time.Millisecond
+	// notLookedUp stands between the reason why a job is given up, which must be
+	// found again by decideSpent, and why that could not be done.
+	notLookedUp = "; whether it was done before could not be looked up: "
+)
 
 // isOutage reports whether the job failed because the database was away. died:
 // one of its connections broke. used: it had one.
@@ -316,14 +330,31 @@ func (f *frame) isOutage(ctx context.Context, err error, died, used bool) bool {
 	return f.gate.answers(ctx) != nil
 }
 
+// run calls the handler, in a goroutine of its own: a handler that ends its
+// goroutine would else end asynq's, which then waits for the job's whole time.
 func (f *frame) run(ctx context.Context, job *tasks.Job, task *tasks.Task, payload tasks.Payload) (result []byte, err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("panic: %v", p)
-			job.Log.Error("the handler panicked", "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		returned := false
+		defer func() {
+			p := recover()
+			switch {
+			case p != nil:
+				err = fmt.Errorf("panic: %v", p)
+				job.Log.Error("the handler panicked", "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
+			case !returned:
+				err = errGoexit
+			}
+		}()
+		result, err = task.Run(ctx, job, payload)
+		if err != nil {
+			_ = err.Error() // that of a nil pointer may panic, and it is the handler's
 		}
+		returned = true
 	}()
-	return task.Run(ctx, job, payload)
+	<-ended
+	return result, err
 }
 
 // explain puts the reason why the context ended before an error that is only
@@ -338,8 +369,7 @@ func explain(ctx context.Context, err error) error {
 
 // outcome decides what becomes of the job, the way asynq will for the same
 // error.
-func (f *frame) outcome(ctx context.Context, job *tasks.Job, counted bool, err error) string {
-	last := job.Attempt > job.MaxRetry
+func (f *frame) outcome(ctx context.Context, job *tasks.Job, last bool, err error) string {
 	switch {
 	case err == nil:
 		return outcomeDone
@@ -347,12 +377,12 @@ func (f *frame) outcome(ctx context.Context, job *tasks.Job, counted bool, err e
 		return outcomeInterrupted // whatever the error is: it may come from the interruption
 	case errors.Is(err, errCancelled):
 		return outcomeCancelled
-	case !isFailure(err) && (counted || !last):
+	case !isFailure(err) && !last:
 		if _, ok := tasks.SnoozeDelay(err); ok {
 			return outcomeSnoozed
 		}
 		return outcomePostponed
-	case errors.Is(err, asynq.SkipRetry), last:
+	case errors.Is(err, asynq.SkipRetry), last, job.Attempt > job.MaxRetry:
 		return outcomeArchived
 	default:
 		return outcomeRetry

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -39,8 +40,9 @@ func (p probe) Validate() error {
 // framed runs a frame with one handler in this process.
 type framed struct {
 	*bundle
-	log *logBuffer
-	db  *dbpool.Pool
+	log  *logBuffer
+	db   *dbpool.Pool
+	stop func() // stops it before the test's end
 }
 
 func runFrame(t *testing.T, handler tasks.Handler[probe, string]) *framed {
@@ -53,16 +55,42 @@ func runFrame(t *testing.T, handler tasks.Handler[probe, string]) *framed {
 // addresses in at.
 func (b *bundle) runFrame(t *testing.T, at *bundle, register func(*tasks.Set)) *framed {
 	t.Helper()
-	rdb, err := tasks.OpenRedis(at.redisURL)
-	if err != nil {
-		t.Fatal(err)
+	return b.runFrameWith(t, frameConfig{at: at}, register)
+}
+
+// frameConfig is what a test may want otherwise.
+type frameConfig struct {
+	at     *bundle        // the addresses of the servers; nil: the bundle's own
+	queues map[string]int // nil: default
+	hands  int            // 0: 4
+	pool   func(*dbpool.Config)
+	hook   redis.Hook // on the Redis client of the servers, behind ackHook
+}
+
+func (b *bundle) runFrameWith(t *testing.T, c frameConfig, register func(*tasks.Set)) *framed {
+	t.Helper()
+	if c.at == nil {
+		c.at = b
 	}
-	t.Cleanup(func() { _ = rdb.Close() })
+	if c.hands == 0 {
+		c.hands = 4
+	}
+	if c.queues == nil {
+		c.queues = map[string]int{"default": 1}
+	}
+	rdb := c.at.redis(t)
 	rdb.AddHook(ackHook{})
+	if c.hook != nil {
+		rdb.AddHook(c.hook)
+	}
 	fr := &framed{bundle: b, log: newLogBuffer()}
 	log := slog.New(slog.NewJSONHandler(fr.log, &slog.HandlerOptions{Level: slog.LevelDebug}))
-	cfg := dbpool.DefaultConfig(at.databaseURL)
+	cfg := dbpool.DefaultConfig(c.at.databaseURL)
 	cfg.Logger = discard()
+	if c.pool != nil {
+		c.pool(&cfg)
+	}
+	var err error
 	if fr.db, err = dbpool.Open(t.Context(), cfg); err != nil {
 		t.Fatal(err)
 	}
@@ -70,16 +98,17 @@ func (b *bundle) runFrame(t *testing.T, at *bundle, register func(*tasks.Set)) *
 	set := new(tasks.Set)
 	register(set)
 	ending, end := context.WithCancelCause(context.Background())
-	gate := newGate(fr.db, 4, log)
+	gate := newGate(fr.db, c.hands, log)
 	t.Cleanup(gate.stop)
-	f := &frame{tasks: set, client: b.client, inspector: b.inspector, db: fr.db, gate: gate, log: log, ending: ending}
+	f := &frame{tasks: set, rdb: rdb, client: b.client, inspector: b.inspector, db: fr.db, gate: gate, log: log, ending: ending}
 	s, err := startServers(rdb, config{
-		queues: map[string]int{"default": 1}, concurrency: 4, fetchers: 2, shutdownTimeout: time.Second,
+		queues: c.queues, concurrency: c.hands, fetchers: min(2, c.hands), shutdownTimeout: time.Second,
 	}, f, "instance-of-"+t.Name(), end, discard())
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { s.stop(); f.behind.Wait() })
+	fr.stop = sync.OnceFunc(func() { s.stop(); f.behind.Wait() })
+	t.Cleanup(fr.stop)
 	return fr
 }
 

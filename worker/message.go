@@ -6,47 +6,69 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// The fields of asynq's task message that are changed here; from
+// The fields of asynq's task message that are read or changed here; from
 // internal/proto/asynq.proto, where they can't change without breaking every
 // task in Redis.
 const (
 	fieldRetried      protowire.Number = 6
 	fieldErrorMessage protowire.Number = 7
 	fieldLastFailedAt protowire.Number = 11
+	fieldCompletedAt  protowire.Number = 13
 )
 
-// editMessage returns asynq's message of a task with another number of retries
-// used, changed by retried, and, unless it is "", another last error at the time
-// now in Unix seconds.
-func editMessage(message []byte, retried func(int) int, lastErr string, now int64) ([]byte, error) {
-	edited := make([]byte, 0, len(message)+len(lastErr)+16)
-	used := 0
-	for rest := message; len(rest) > 0; {
-		number, kind, n := protowire.ConsumeTag(rest)
+// message is what is read and changed of asynq's message of a task.
+type message struct {
+	retried      int // retries used
+	lastErr      string
+	lastFailedAt int64 // Unix seconds
+	completedAt  int64 // Unix seconds
+	rest         []byte
+}
+
+func parseMessage(data []byte) (message, error) {
+	m := message{rest: make([]byte, 0, len(data))}
+	for len(data) > 0 {
+		number, kind, n := protowire.ConsumeTag(data)
 		if n < 0 {
-			return nil, errors.New("asynq's task message can't be read")
+			return message{}, errors.New("asynq's task message can't be read")
 		}
-		size := protowire.ConsumeFieldValue(number, kind, rest[n:])
+		size := protowire.ConsumeFieldValue(number, kind, data[n:])
 		if size < 0 {
-			return nil, errors.New("asynq's task message can't be read")
+			return message{}, errors.New("asynq's task message can't be read")
 		}
+		varint, _ := protowire.ConsumeVarint(data[n:])
 		switch {
 		case number == fieldRetried && kind == protowire.VarintType:
-			v, _ := protowire.ConsumeVarint(rest[n:])
-			used = int(v)
-		case lastErr != "" && (number == fieldErrorMessage || number == fieldLastFailedAt):
+			m.retried = int(varint)
+		case number == fieldLastFailedAt && kind == protowire.VarintType:
+			m.lastFailedAt = int64(varint)
+		case number == fieldCompletedAt && kind == protowire.VarintType:
+			m.completedAt = int64(varint)
+		case number == fieldErrorMessage && kind == protowire.BytesType:
+			m.lastErr, _ = protowire.ConsumeString(data[n:])
 		default:
-			edited = append(edited, rest[:n+size]...)
+			m.rest = append(m.rest, data[:n+size]...)
 		}
-		rest = rest[n+size:]
+		data = data[n+size:]
 	}
-	edited = protowire.AppendTag(edited, fieldRetried, protowire.VarintType)
-	edited = protowire.AppendVarint(edited, uint64(retried(used)))
-	if lastErr != "" {
-		edited = protowire.AppendTag(edited, fieldErrorMessage, protowire.BytesType)
-		edited = protowire.AppendString(edited, lastErr)
-		edited = protowire.AppendTag(edited, fieldLastFailedAt, protowire.VarintType)
-		edited = protowire.AppendVarint(edited, uint64(now))
+	return m, nil
+}
+
+func (m message) encode() []byte {
+	data := make([]byte, 0, len(m.rest)+len(m.lastErr)+32)
+	data = append(data, m.rest...)
+	data = appendVarint(data, fieldRetried, int64(m.retried))
+	if m.lastErr != "" {
+		data = protowire.AppendTag(data, fieldErrorMessage, protowire.BytesType)
+		data = protowire.AppendString(data, m.lastErr)
 	}
-	return edited, nil
+	data = appendVarint(data, fieldLastFailedAt, m.lastFailedAt)
+	return appendVarint(data, fieldCompletedAt, m.completedAt)
+}
+
+func appendVarint(data []byte, number protowire.Number, v int64) []byte {
+	if v == 0 {
+		return data
+	}
+	return protowire.AppendVarint(protowire.AppendTag(data, number, protowire.VarintType), uint64(v))
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/url"
 	"regexp"
 	"runtime"
@@ -14,13 +15,14 @@ import (
 
 	"github.com/hibiken/asynq"
 	"github.com/jackc/pgx/v5"
+	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/internal/testservers"
 	"github.com/carpool-go/carpool/tasks"
 )
 
 // behindProxies returns the bundle's servers as they are seen through proxies.
-func (b *bundle) behindProxies(t *testing.T) (at *bundle, postgres, redis *testservers.Proxy) {
+func (b *bundle) behindProxies(t *testing.T) (at *bundle, forPostgres, forRedis *testservers.Proxy) {
 	t.Helper()
 	through := func(raw string) (string, *testservers.Proxy) {
 		u, err := url.Parse(raw)
@@ -32,9 +34,9 @@ func (b *bundle) behindProxies(t *testing.T) (at *bundle, postgres, redis *tests
 		return u.String(), proxy
 	}
 	at = &bundle{}
-	at.databaseURL, postgres = through(b.databaseURL)
-	at.redisURL, redis = through(b.redisURL)
-	return at, postgres, redis
+	at.databaseURL, forPostgres = through(b.databaseURL)
+	at.redisURL, forRedis = through(b.redisURL)
+	return at, forPostgres, forRedis
 }
 
 func TestFrame_JobsWaitWhileTheDatabaseIsAwayAndNoTryIsUsedUp(t *testing.T) {
@@ -101,10 +103,9 @@ func TestFrame_HandlerThatEndsItsGoroutineFailsAndLeavesNothingBehind(t *testing
 		runtime.Goexit()
 		return "", nil
 	})
-	// asynq hears nothing of it, until the job's time is up.
-	_, err := f.wait(t, f.enqueue(t, "x", &tasks.EnqueueOptions{Timeout: time.Second, MaxRetry: tasks.NoRetry}))
-	if !errors.Is(err, tasks.ErrJobFailed) {
-		t.Errorf("error %v", err)
+	_, err := f.wait(t, f.enqueue(t, "x", &tasks.EnqueueOptions{MaxRetry: tasks.NoRetry}))
+	if want := "the handler ended its goroutine"; err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("error %v, want %q", err, want)
 	}
 	if s := f.db.Stats(); s.CheckedOut != 0 {
 		t.Errorf("%d connections are still out", s.CheckedOut)
@@ -247,6 +248,89 @@ func TestCancel_RunningJobStopsAndIsNotRunAgain(t *testing.T) {
 	}
 }
 
+func TestCancel_JobThatSucceedsNeverthelessIsDoneAndKeepsItsResult(t *testing.T) {
+	t.Parallel()
+	for name, retention := range map[string]time.Duration{"retained": time.Hour, "not retained": 0} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			started := make(chan struct{})
+			f := runFrame(t, func(ctx context.Context, _ *tasks.Job, _ probe) (string, error) {
+				close(started)
+				<-ctx.Done()
+				return "result", nil // it was past the point of no return
+			})
+			info, err := asynq.NewClientFromRedisClient(mustRedis(t, f.redisURL)).EnqueueContext(t.Context(),
+				asynq.NewTask("probe", []byte(`{"word":"x"}`)), asynq.MaxRetry(5), asynq.Retention(retention))
+			if err != nil {
+				t.Fatal(err)
+			}
+			<-started
+			if err := f.client.Cancel(t.Context(), info.ID); err != nil {
+				t.Fatal(err)
+			}
+			got, err := f.inspector.GetTaskInfo("default", info.ID)
+			if retention == 0 {
+				if !errors.Is(err, asynq.ErrTaskNotFound) {
+					t.Errorf("%+v, %v; want it gone", got, err)
+				}
+				return
+			}
+			if err != nil || got.State != asynq.TaskStateCompleted || string(got.Result) != `"result"` || got.LastErr != "" ||
+				time.Since(got.CompletedAt) > time.Minute {
+				t.Errorf("%+v, %v; want it completed, with its result", got, err)
+			}
+		})
+	}
+}
+
+// asynq archives it by itself.
+func TestCancel_LastTryOfAJobOfOthersIsArchivedWithoutAWarning(t *testing.T) {
+	t.Parallel()
+	started := make(chan struct{})
+	f := runFrame(t, func(ctx context.Context, _ *tasks.Job, _ probe) (string, error) {
+		close(started)
+		<-ctx.Done()
+		return "", ctx.Err()
+	})
+	info, err := asynq.NewClientFromRedisClient(mustRedis(t, f.redisURL)).EnqueueContext(t.Context(),
+		asynq.NewTask("probe", []byte(`{"word":"x"}`)), asynq.MaxRetry(0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	<-started
+	if err := f.client.Cancel(t.Context(), info.ID); err != nil {
+		t.Fatal(err)
+	}
+	f.stop() // waits for what is put away
+	if strings.Contains(f.log.String(), "could not be put away") {
+		t.Error("there is a false warning")
+	}
+}
+
+// The handler needs longer than the shutdown timeout, as at a deploy.
+func TestCancel_WhileTheWorkerStopsLeavesNothingBehind(t *testing.T) {
+	t.Parallel()
+	started := make(chan struct{})
+	f := runFrame(t, func(ctx context.Context, _ *tasks.Job, _ probe) (string, error) {
+		close(started)
+		<-ctx.Done()
+		time.Sleep(2500 * time.Millisecond) // winds up; the shutdown timeout is 1 s
+		return "", ctx.Err()
+	})
+	info := f.enqueue(t, "x", nil)
+	<-started
+	cancelled := make(chan error)
+	go func() { cancelled <- f.client.Cancel(t.Context(), info.ID) }()
+	time.Sleep(300 * time.Millisecond)
+	f.stop()
+	if err := <-cancelled; err != nil {
+		t.Error(err)
+	}
+	if got, err := f.inspector.GetTaskInfo("default", info.ID); err != nil || got.State != asynq.TaskStateArchived {
+		t.Errorf("it is %+v, %v; want it archived", got, err)
+	}
+}
+
 func TestCancel_WaitingJobIsRemoved(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -282,14 +366,14 @@ func TestAck_ArrivesAlthoughRedisIsAwayWhenTheJobEnds(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			b := setup(t)
-			at, _, redis := b.behindProxies(t)
+			at, _, proxy := b.behindProxies(t)
 			var runs atomic.Int32
 			ended := make(chan struct{}, 10)
 			f := b.runFrame(t, at, func(s *tasks.Set) {
 				// A handler without a result, which would be written first.
 				tasks.Register(s, func(context.Context, *tasks.Job, probe) (any, error) {
 					runs.Add(1)
-					fault(redis)
+					fault(proxy)
 					ended <- struct{}{}
 					return nil, nil
 				})
@@ -309,12 +393,116 @@ func TestAck_ArrivesAlthoughRedisIsAwayWhenTheJobEnds(t *testing.T) {
 			<-ended
 			f.records(t, 1)
 			time.Sleep(5 * time.Second) // longer than asynq and go-redis alone go on trying
-			redis.Heal()
+			proxy.Heal()
 			if _, err := f.wait(t, info); err != nil {
 				t.Error(err)
 			}
 			if n := runs.Load(); n != 1 {
 				t.Errorf("it ran %d times", n)
+			}
+		})
+	}
+}
+
+// losing is a Redis whose answer is lost once, or the question.
+type losing struct {
+	lost     *atomic.Bool
+	is       func(ctx context.Context, cmd redis.Cmder) bool // what is lost; asked when it has been answered
+	question bool
+	after    func() // called before the loss is noticed
+}
+
+func (losing) DialHook(next redis.DialHook) redis.DialHook { return next }
+func (losing) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
+	return next
+}
+
+func (l losing) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
+	return func(ctx context.Context, cmd redis.Cmder) error {
+		if !l.question {
+			if err := next(ctx, cmd); err != nil {
+				return err
+			}
+		}
+		if l.is(ctx, cmd) && l.lost.CompareAndSwap(false, true) {
+			if l.after != nil {
+				l.after()
+			}
+			cmd.SetErr(io.ErrUnexpectedEOF)
+			return io.ErrUnexpectedEOF
+		}
+		if l.question {
+			return next(ctx, cmd)
+		}
+		return nil
+	}
+}
+
+func ackTo(list string) func(context.Context, redis.Cmder) bool {
+	return func(ctx context.Context, cmd redis.Cmder) bool {
+		return isAck(ctx, cmd) && strings.Contains(fmt.Sprint(cmd.Args()...), "}:"+list)
+	}
+}
+
+// Meanwhile the job runs elsewhere.
+func TestAck_ThatArrivedIsNotSaidAgain(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	var runs, atOnce, most atomic.Int32
+	again := make(chan struct{})
+	register := func(s *tasks.Set) {
+		tasks.Register(s, func(context.Context, *tasks.Job, probe) (any, error) {
+			if runs.Add(1) == 1 {
+				return nil, tasks.RetryAfter(time.Millisecond, errors.New("not today"))
+			}
+			close(again)
+			most.Store(max(most.Load(), atOnce.Add(1)))
+			time.Sleep(5 * time.Second)
+			atOnce.Add(-1)
+			return nil, nil
+		})
+	}
+	var lost atomic.Bool
+	b.runFrameWith(t, frameConfig{hands: 1, hook: losing{lost: &lost, is: ackTo("retry"), after: func() { <-again }}}, register)
+	info, err := b.client.Enqueue(t.Context(), probe{"x"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it has failed", lost.Load)
+	b.runFrame(t, b, register)
+	if _, err := b.wait(t, info); err != nil {
+		t.Error(err)
+	}
+	time.Sleep(2 * time.Second)
+	if runs.Load() != 2 || most.Load() != 1 {
+		t.Errorf("%d runs, %d at once", runs.Load(), most.Load())
+	}
+}
+
+// It is pushed back at the end of the worker.
+func TestAck_OfAJobThatIsPushedBackIsSettledByLooking(t *testing.T) {
+	t.Parallel()
+	for name, arrives := range map[string]bool{"arrived": true, "did not arrive": false} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := setup(t)
+			var lost atomic.Bool
+			started := make(chan struct{})
+			f := b.runFrameWith(t, frameConfig{hook: losing{lost: &lost, is: ackTo("pending"), question: !arrives}}, func(s *tasks.Set) {
+				tasks.Register(s, func(ctx context.Context, _ *tasks.Job, _ probe) (any, error) {
+					close(started)
+					<-ctx.Done()
+					return nil, ctx.Err()
+				})
+			})
+			info := f.enqueue(t, "x", nil)
+			<-started
+			f.stop()
+			if !lost.Load() {
+				t.Error("no answer was lost")
+			}
+			if got, err := f.inspector.GetTaskInfo("default", info.ID); err != nil || got.State != asynq.TaskStatePending || got.Retried != 0 {
+				t.Errorf("it is %+v, %v; want it pending", got, err)
 			}
 		})
 	}

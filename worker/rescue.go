@@ -37,8 +37,9 @@ type rescue struct {
 
 // lease is what was seen of an active job's lease.
 type lease struct {
-	until string        // as Redis has it; "" for none
-	still time.Duration // how long it has been seen to stay the same
+	until    string        // as Redis has it; "" for none
+	still    time.Duration // how long it has been seen to stay the same
+	extended bool          // it has been seen to change: the job was with a worker
 }
 
 const (
@@ -113,19 +114,22 @@ func (r *rescue) look(ctx context.Context, queue string, passed time.Duration, f
 	for _, id := range active.Val() {
 		key := queue + " " + id
 		now := lease{until: until[id]}
-		if was, ok := r.seen[key]; ok && was.until == now.until {
-			now.still = was.still + passed
+		if was, ok := r.seen[key]; ok {
+			now.extended = was.extended || was.until != now.until
+			if was.until == now.until {
+				now.still = was.still + passed
+			}
 		}
 		found[key] = now
 		if now.still < r.still {
 			continue
 		}
-		rescued, err := r.giveBack(ctx, queue, id, now.until)
+		why, err := r.giveBack(ctx, queue, id, now)
 		if err != nil {
 			return err
 		}
-		if rescued {
-			r.log.Warn("a job was given back to its queue: "+crashed, slog.Group("job", "id", id, "queue", queue))
+		if why != "" {
+			r.log.Warn("a job was given back to its queue: "+why, slog.Group("job", "id", id, "queue", queue))
 		}
 		delete(found, key)
 	}
@@ -143,26 +147,44 @@ redis.call("HSET", KEYS[4], "msg", ARGV[4], "state", "retry")
 redis.call("ZADD", KEYS[3], ARGV[3], ARGV[1])
 return 1`)
 
-func (r *rescue) giveBack(ctx context.Context, queue, id, until string) (bool, error) {
-	message, err := r.rdb.HGet(ctx, taskKey(queue, id), "msg").Bytes()
+// unfetched is the last error of a job that was given back without a sign that
+// it had begun.
+const unfetched = "the answer to its fetch was lost, or its worker died within seconds"
+
+// giveBack gives a job back, and returns why; "" if its worker was faster.
+//
+// That uses up a try, or a job that kills its workers would go on doing so. But a
+// job whose lease was never extended has most likely not begun: one lost answer of
+// Redis leaves it so. Once in a row that costs nothing.
+func (r *rescue) giveBack(ctx context.Context, queue, id string, seen lease) (why string, err error) {
+	data, err := r.rdb.HGet(ctx, taskKey(queue, id), "msg").Bytes()
 	if errors.Is(err, redis.Nil) { // an id without its job
 		pipe := r.rdb.Pipeline()
 		pipe.LRem(ctx, asynqKey(queue, "active"), 0, id)
 		pipe.ZRem(ctx, asynqKey(queue, "lease"), id)
 		_, err := pipe.Exec(ctx)
-		return false, err
+		return "", err
 	}
 	if err != nil {
-		return false, fmt.Errorf("read job %s: %w", id, err)
+		return "", fmt.Errorf("read job %s: %w", id, err)
 	}
-	now := time.Now().Unix()
-	message, err = editMessage(message, func(n int) int { return n + 1 }, crashed, now)
+	msg, err := parseMessage(data)
 	if err != nil {
-		return false, err
+		return "", err
 	}
+	if seen.extended || msg.lastErr == unfetched || isUnended(msg.lastErr) {
+		msg.retried++
+		msg.lastErr = crashed
+	} else {
+		msg.lastErr = unfetched
+	}
+	msg.lastFailedAt = time.Now().Unix()
 	keys := []string{asynqKey(queue, "active"), asynqKey(queue, "lease"), asynqKey(queue, "retry"), taskKey(queue, id)}
-	n, err := giveBackScript.Run(ctx, r.rdb, keys, id, until, now, message).Int()
-	return n == 1, err
+	moved, err := giveBackScript.Run(ctx, r.rdb, keys, id, seen.until, msg.lastFailedAt, msg.encode()).Int()
+	if err != nil || moved == 0 {
+		return "", err
+	}
+	return msg.lastErr, nil
 }
 
 // asynqKey is the key of one of asynq's lists for a queue.

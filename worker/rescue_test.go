@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"log/slog"
-	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -27,8 +26,8 @@ func (b *bundle) redis(t *testing.T) redis.UniversalClient {
 	return rdb
 }
 
-// dies does to Redis what a worker does that fetches the job and dies at once.
-func dies(t *testing.T, rdb redis.UniversalClient, info *asynq.TaskInfo) {
+// loses does to Redis what a fetch does whose answer is lost.
+func loses(t *testing.T, rdb redis.UniversalClient, info *asynq.TaskInfo) {
 	t.Helper()
 	eventually(t, "the job can be fetched", func() bool {
 		return rdb.LRem(t.Context(), asynqKey(info.Queue, "pending"), 1, info.ID).Val() == 1
@@ -43,9 +42,44 @@ func dies(t *testing.T, rdb redis.UniversalClient, info *asynq.TaskInfo) {
 	}
 }
 
+// dies does to Redis what a worker does that fetches the job and dies, so that it
+// counts: an earlier fetch was lost already.
+func dies(t *testing.T, rdb redis.UniversalClient, info *asynq.TaskInfo) {
+	t.Helper()
+	key := taskKey(info.Queue, info.ID)
+	data, err := rdb.HGet(t.Context(), key, "msg").Bytes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	msg, err := parseMessage(data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	msg.lastErr = unfetched
+	if err := rdb.HSet(t.Context(), key, "msg", msg.encode()).Err(); err != nil {
+		t.Fatal(err)
+	}
+	loses(t, rdb, info)
+}
+
 func TestRescue_JobOfADeadWorkerIsRunAgainAndItsTryIsCounted(t *testing.T) {
 	t.Parallel()
-	for name, loses := range map[string]bool{"with a lease": false, "without one": true} {
+	for name, c := range map[string]struct {
+		end     func(t *testing.T, rdb redis.UniversalClient, info *asynq.TaskInfo)
+		attempt float64
+	}{
+		"its lease was extended": {func(t *testing.T, rdb redis.UniversalClient, info *asynq.TaskInfo) {
+			loses(t, rdb, info)
+			time.Sleep(600 * time.Millisecond) // it has been looked at
+			rdb.ZIncrBy(t.Context(), asynqKey("default", "lease"), 5, info.ID)
+		}, 2},
+		"its fetch was lost before":             {dies, 2},
+		"it has not begun, for all one can see": {loses, 1},
+		"it has no lease": {func(t *testing.T, rdb redis.UniversalClient, info *asynq.TaskInfo) {
+			loses(t, rdb, info)
+			rdb.ZRem(t.Context(), asynqKey("default", "lease"), info.ID)
+		}, 1},
+	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			b := setup(t)
@@ -54,20 +88,17 @@ func TestRescue_JobOfADeadWorkerIsRunAgainAndItsTryIsCounted(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			dies(t, rdb, info)
-			if loses {
-				rdb.ZRem(t.Context(), asynqKey("default", "lease"), info.ID)
-			}
 			r := startRescue(rdb, []string{"default"}, time.Second, discard())
 			defer r.stop()
+			c.end(t, rdb, info)
 			f := b.runFrame(t, b, func(s *tasks.Set) {
 				tasks.Register(s, func(_ context.Context, _ *tasks.Job, p probe) (string, error) { return p.Word, nil })
 			})
 			if result, err := f.wait(t, info); string(result) != `"x"` || err != nil {
 				t.Errorf("result %s, error %v", result, err)
 			}
-			if job := f.records(t, 1)[0]["job"].(map[string]any); job["attempt"] != 2.0 {
-				t.Errorf("the record is %v; want the second attempt", job)
+			if job := f.records(t, 1)[0]["job"].(map[string]any); job["attempt"] != c.attempt {
+				t.Errorf("the record is %v; want attempt %v", job, c.attempt)
 			}
 		})
 	}
@@ -190,7 +221,7 @@ func TestFrame_JobThatKillsItsWorkersEndsInTheArchive(t *testing.T) {
 	}
 }
 
-func TestEditMessage_ChangesWhatItShouldAndNothingElse(t *testing.T) {
+func TestMessage_ChangesWhatItShouldAndNothingElse(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	rdb := b.redis(t)
@@ -199,7 +230,7 @@ func TestEditMessage_ChangesWhatItShouldAndNothingElse(t *testing.T) {
 		t.Fatal(err)
 	}
 	key := taskKey(before.Queue, before.ID)
-	message, err := rdb.HGet(t.Context(), key, "msg").Bytes()
+	data, err := rdb.HGet(t.Context(), key, "msg").Bytes()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -208,41 +239,39 @@ func TestEditMessage_ChangesWhatItShouldAndNothingElse(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 2 {
-		message, err = editMessage(message, func(n int) int { return n + 1 }, "no", 1_700_000_000)
+		msg, err := parseMessage(data)
 		if err != nil {
 			t.Fatal(err)
 		}
+		msg.retried++
+		msg.lastErr, msg.lastFailedAt, msg.completedAt = "no", 1_700_000_000, 1_700_000_001
+		data = msg.encode()
 	}
-	rdb.HSet(t.Context(), key, "msg", message)
+	rdb.HSet(t.Context(), key, "msg", data)
 	after, err := b.inspector.GetTaskInfo(before.Queue, before.ID)
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := *before
-	want.Retried, want.LastErr, want.LastFailedAt = 2, "no", time.Unix(1_700_000_000, 0)
+	want.Retried, want.LastErr, want.LastFailedAt, want.CompletedAt = 2, "no", time.Unix(1_700_000_000, 0), time.Unix(1_700_000_001, 0)
 	if diff := cmp.Diff(&want, after, cmpopts.IgnoreFields(asynq.TaskInfo{}, "NextProcessAt")); diff != "" {
 		t.Errorf("(-want +got)\n%s", diff)
 	}
-	if _, err := editMessage([]byte{0xff}, func(n int) int { return n }, "", 0); err == nil {
-		t.Error("nonsense is edited")
+	if _, err := parseMessage([]byte{0xff}); err == nil {
+		t.Error("nonsense is parsed")
 	}
 }
 
-func FuzzEditMessage(f *testing.F) {
-	f.Add([]byte("\x0a\x05probe\x12\x02{}\x30\x03"))
-	f.Fuzz(func(t *testing.T, message []byte) {
-		edited, err := editMessage(message, func(int) int { return 7 }, "no", 1)
+func FuzzParseMessage(f *testing.F) {
+	f.Add([]byte("\x0a\x05probe\x12\x02{}\x30\x03\x3a\x02no\x58\x01"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		msg, err := parseMessage(data)
 		if err != nil {
 			return
 		}
-		again, err := editMessage(edited, func(n int) int {
-			if n != 7 {
-				t.Errorf("the number of retries is read as %d", n)
-			}
-			return n
-		}, "no", 1)
-		if err != nil || !slices.Equal(again, edited) {
-			t.Errorf("the same edit again changes something, or fails: %v", err)
+		again, err := parseMessage(msg.encode())
+		if diff := cmp.Diff(msg, again, cmp.AllowUnexported(message{}), cmpopts.EquateEmpty()); diff != "" || err != nil {
+			t.Errorf("it is read back as another: %v (-want +got)\n%s", err, diff)
 		}
 	})
 }

@@ -129,7 +129,7 @@ func (r *runCmd) work(ctx context.Context, cfg config, set *tasks.Set, log *slog
 	defer end(nil)
 	gate := newGate(db, cfg.concurrency, log)
 	defer gate.stop()
-	f := &frame{tasks: set, client: client, inspector: inspector, db: db, gate: gate, log: log, ending: ending}
+	f := &frame{tasks: set, rdb: rdb, client: client, inspector: inspector, db: db, gate: gate, log: log, ending: ending}
 	defer f.behind.Wait()
 	defer end(errEnding)
 
@@ -180,6 +180,7 @@ func (r *runCmd) work(ctx context.Context, cfg config, set *tasks.Set, log *slog
 		defer clock.Stop()
 		<-ctx.Done()
 	}
+	servers.stopFetching() // before what else there is to stop takes its time
 	return nil
 }
 

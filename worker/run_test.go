@@ -205,7 +205,9 @@ func TestRun_AtSIGTERMJobsMayFinish(t *testing.T) {
 		<-w.arrived
 	}
 	p.signal(t, syscall.SIGTERM)
-	p.log.wait(t, "stopping: no more jobs are fetched")
+	eventually(t, "the four fetchers and the instance's own server have stopped", func() bool {
+		return strings.Count(p.log.String(), `"msg":"Processor stopped"`) == 5
+	})
 	late := w.enqueue(t, b, 1)[0]
 	w.open()
 	if code := p.exit(t); code != 0 {

@@ -19,9 +19,11 @@ type runs struct {
 
 type jobRun struct {
 	id    string
-	ended chan struct{}
-	done  bool       // once it has ended: it has succeeded
 	why   chan error // holds asynq's reason for not waiting for the end
+	ended chan struct{}
+	// Once it has ended: it has succeeded, and with which result.
+	done   bool
+	result []byte
 }
 
 // begin enters a run, once an earlier one of the same job has ended.
