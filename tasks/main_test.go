@@ -3,7 +3,10 @@ package tasks_test
 import (
 	"testing"
 
-	"github.com/carpool-go/carpool/tasks/taskstest"
+	"github.com/carpool-go/carpool/internal/testservers"
 )
 
-func TestMain(m *testing.M) { taskstest.Main(m) }
+func TestMain(m *testing.M) {
+	testservers.RunMoreAtOnce()
+	testservers.Main(m)
+}

@@ -3,15 +3,12 @@ package main
 import (
 	"bytes"
 	"context"
-	"flag"
 	"fmt"
 	"io"
 	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
-	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -31,11 +28,7 @@ func TestMain(m *testing.M) {
 		os.Exit(chaosWorker())
 	}
 	redis.SetLogger(redisLog{discard()})
-	// Unless -parallel says otherwise: these tests wait, for leases and for
-	// processes, more than they compute.
-	if err := flag.Set("test.parallel", strconv.Itoa(4*runtime.GOMAXPROCS(0))); err != nil {
-		panic(err)
-	}
+	testservers.RunMoreAtOnce()
 	dir, err := os.MkdirTemp("", "carpool-worker-test-*")
 	if err != nil {
 		panic(err)

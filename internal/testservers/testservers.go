@@ -9,8 +9,11 @@ package testservers
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"os"
+	"runtime"
+	"strconv"
 	"sync"
 	"testing"
 	"time"
@@ -48,6 +51,14 @@ func Main(m *testing.M, then ...func()) {
 		f()
 	}
 	os.Exit(code)
+}
+
+// RunMoreAtOnce has four times as many parallel tests run as there are processors, unless -parallel says otherwise. It is
+// for TestMain of packages whose tests wait, for leases and timeouts and processes, more than they compute.
+func RunMoreAtOnce() {
+	if err := flag.Set("test.parallel", strconv.Itoa(4*runtime.GOMAXPROCS(0))); err != nil {
+		panic(err)
+	}
 }
 
 func (p *pair) main(tests func() int) int {
