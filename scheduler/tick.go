@@ -10,8 +10,10 @@ import (
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgtype/zeronull"
 	"github.com/redis/go-redis/v9"
 
+	"github.com/carpool-go/carpool/internal/asynqkey"
 	"github.com/carpool-go/carpool/tasks"
 )
 
@@ -130,21 +132,10 @@ func readRow(set *tasks.Set, r *row) (schedule Schedule, queue string, unknown b
 	if err != nil {
 		return schedule, "", true, ""
 	}
-	if err := decode(task, r.payload); err != nil {
+	if _, err := task.Decode([]byte(r.payload)); err != nil {
 		return schedule, "", false, clean(err)
 	}
 	return schedule, task.Options.Queue, false, ""
-}
-
-// decode runs a task's own code, which may panic.
-func decode(task *tasks.Task, payload string) (err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("%s payload: reading it panicked", task.Kind)
-		}
-	}()
-	_, err = task.Decode([]byte(payload))
-	return err
 }
 
 // clean is the error's text as Postgres takes it.
@@ -286,7 +277,7 @@ func (s *Scheduler) unfinished(ctx context.Context, r *row) (bool, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	state, err := s.cfg.Redis.HGet(ctx, "asynq:{"+*r.jobQueue+"}:t:"+*r.jobID, "state").Result()
+	state, err := s.cfg.Redis.HGet(ctx, asynqkey.Task(*r.jobQueue, *r.jobID), "state").Result()
 	if errors.Is(err, redis.Nil) {
 		return false, nil
 	}
@@ -389,7 +380,7 @@ func (s *Scheduler) decideIn(ctx context.Context, tx pgx.Tx, seen *row, e readEn
 	if fired != nil && r.queue != nil {
 		jobQueue = r.queue
 	}
-	changes.Queue(updateState, r.name, unlessZero(d.next.lastTick), unlessZero(d.next.waitingTick), fired, r.now, jobID, jobQueue)
+	changes.Queue(updateState, r.name, zeronull.Timestamptz(d.next.lastTick), zeronull.Timestamptz(d.next.waitingTick), fired, r.now, jobID, jobQueue)
 	if fired != nil {
 		changes.Queue("SELECT pg_notify('carpool_outbox', '')")
 	}
@@ -397,13 +388,6 @@ func (s *Scheduler) decideIn(ctx context.Context, tx pgx.Tx, seen *row, e readEn
 		return failed(err)
 	}
 	return &d, ids, nil
-}
-
-func unlessZero(t time.Time) *time.Time {
-	if t.IsZero() {
-		return nil
-	}
-	return &t
 }
 
 const setProblem = `UPDATE carpool.schedules SET problem = $2 WHERE name = $1 AND problem IS DISTINCT FROM $2

@@ -8,6 +8,8 @@ import (
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/redis/go-redis/v9"
+
+	"github.com/carpool-go/carpool/internal/asynqkey"
 )
 
 // Prune deletes what carpool's own tables no longer need: records of transactional
@@ -191,7 +193,7 @@ func notInRedis(ctx context.Context, rdb redis.UniversalClient, records []doneRe
 	has := make([]*redis.IntCmd, len(records))
 	_, err = rdb.Pipelined(ctx, func(p redis.Pipeliner) error {
 		for i, r := range records {
-			has[i] = p.Exists(ctx, "asynq:{"+r.Queue+"}:t:"+r.ID)
+			has[i] = p.Exists(ctx, asynqkey.Task(r.Queue, r.ID))
 		}
 		return nil
 	})

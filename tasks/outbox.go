@@ -8,6 +8,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgtype/zeronull"
 )
 
 const enqueueSQL = `SELECT carpool.enqueue(kind => $1, payload => $2, queue => $3, run_at => $4, unique_key => $5,
@@ -47,22 +48,13 @@ func (c *Client) EnqueueTx(ctx context.Context, tx interface {
 		return "", fmt.Errorf("tasks: enqueue %s: EnqueueTx takes no ID: the outbox makes it, and EnqueueTx returns it", p.Kind())
 	}
 	err = tx.QueryRow(ctx, enqueueSQL, p.Kind(), string(data),
-		unlessZero(opts.Queue), unlessZero(opts.RunAt), unlessZero(opts.UniqueKey),
-		maxRetryArg(opts.MaxRetry), unlessZero(opts.Timeout.Seconds()), unlessZero(opts.Retention.Seconds()),
+		zeronull.Text(opts.Queue), zeronull.Timestamptz(opts.RunAt), zeronull.Text(opts.UniqueKey),
+		maxRetryArg(opts.MaxRetry), zeronull.Float8(opts.Timeout.Seconds()), zeronull.Float8(opts.Retention.Seconds()),
 	).Scan(&id)
 	if err != nil {
 		return "", fmt.Errorf("tasks: enqueue %s: %w", p.Kind(), withHint(err))
 	}
 	return id, nil
-}
-
-// unlessZero is null for a zero value.
-func unlessZero[T comparable](v T) *T {
-	var zero T
-	if v == zero {
-		return nil
-	}
-	return &v
 }
 
 // maxRetryArg turns [Options.MaxRetry] into carpool.enqueue's, where 0 is no

@@ -7,7 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"path/filepath"
 	"reflect"
+	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -102,13 +104,35 @@ func (s *Set) Lookup(kind string) (*Task, error) {
 
 // Decode turns JSON into the task's payload and validates it. Unknown fields
 // and anything after the object are errors. Every error is a permanent
-// [PayloadError] that names the field and doesn't show the payload.
-func (t *Task) Decode(data []byte) (Payload, error) {
-	p, err := t.decode(data)
+// [PayloadError] that names the field and doesn't show the payload. A panic of the
+// payload's own methods is one as well, that names the place.
+func (t *Task) Decode(data []byte) (p Payload, err error) {
+	defer func() {
+		if recover() != nil { // what with may hold the payload's content
+			p, err = nil, Permanent(&PayloadError{t.Kind, fmt.Errorf("reading it panicked in %s", placeOfPanic())})
+		}
+	}()
+	p, err = t.decode(data)
 	if err != nil {
 		return nil, Permanent(&PayloadError{t.Kind, err})
 	}
 	return p, nil
+}
+
+// placeOfPanic is the function and the line that panicked, for a deferred function
+// that has recovered.
+func placeOfPanic() string {
+	callers := make([]uintptr, 32)
+	frames := runtime.CallersFrames(callers[:runtime.Callers(1, callers)])
+	panicked := false
+	for frame, more := frames.Next(); more; frame, more = frames.Next() {
+		ofRuntime := strings.HasPrefix(frame.Function, "runtime.")
+		if panicked && !ofRuntime {
+			return fmt.Sprintf("%s (%s:%d)", frame.Function, filepath.Base(frame.File), frame.Line)
+		}
+		panicked = panicked || ofRuntime
+	}
+	return "a place that isn't known"
 }
 
 // Run calls the handler with a payload from [Task.Decode] and returns its

@@ -48,6 +48,30 @@ func parcelTask(t testing.TB) *tasks.Task {
 	return task
 }
 
+// bomb is a payload whose own code panics.
+type bomb struct {
+	Fuse string `json:"fuse"`
+}
+
+func (bomb) Kind() string           { return "bomb" }
+func (bomb) Options() tasks.Options { return tasks.Options{} }
+func (b bomb) Validate() error      { panic(b.Fuse) }
+
+func TestTask_PayloadWhoseOwnCodePanicsIsRefusedWithThePlace(t *testing.T) {
+	t.Parallel()
+	set := new(tasks.Set)
+	tasks.Register(set, func(context.Context, *tasks.Job, bomb) (any, error) { return nil, nil })
+	task, err := set.Lookup("bomb")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = task.Decode([]byte(`{"fuse": "s3cret"}`))
+	if _, ok := errors.AsType[*tasks.PayloadError](err); !ok || !errors.Is(err, asynq.SkipRetry) ||
+		!strings.Contains(err.Error(), "bomb.Validate (set_test.go:") || strings.Contains(err.Error(), "s3cret") {
+		t.Errorf("error %v; want a permanent one that names the place and not the content", err)
+	}
+}
+
 func TestTask_ResultThatIsNotJSONInUTF8IsRefusedForGood(t *testing.T) {
 	t.Parallel()
 	for _, raw := range []string{"{", "", "\"\xff\""} {

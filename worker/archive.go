@@ -18,6 +18,7 @@ import (
 	"github.com/hibiken/asynq"
 	"github.com/redis/go-redis/v9"
 
+	"github.com/carpool-go/carpool/internal/asynqkey"
 	"github.com/carpool-go/carpool/tasks"
 )
 
@@ -180,7 +181,7 @@ func (c *archiveLsCmd) Run() error {
 		fmt.Fprintln(w, "ID\tKIND\tQUEUE\tTRIES\tARCHIVED\tREASON")
 		for _, job := range jobs {
 			d := deadLetterOf(job)
-			fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%s\t%s\n", d.ID, d.Kind, d.Queue, d.Tries, d.ArchivedAt.Format(time.DateTime), oneLine(d.Reason, 100))
+			fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%s\t%s\n", d.ID, d.Kind, d.Queue, d.Tries, d.ArchivedAt.Format(time.DateTime), printable(d.Reason))
 		}
 		if err := w.Flush(); err != nil {
 			return err
@@ -190,15 +191,6 @@ func (c *archiveLsCmd) Run() error {
 	})
 }
 
-// oneLine shortens s to one line of at most n characters.
-func oneLine(s string, n int) string {
-	runes := []rune(strings.Join(strings.Fields(s), " "))
-	if len(runes) > n {
-		return string(runes[:n-1]) + "…"
-	}
-	return string(runes)
-}
-
 // nearlyFull returns the queues whose archive is about to drop jobs.
 func (a *archive) nearlyFull(ctx context.Context) (queues []string) {
 	names, err := a.inspector.Queues()
@@ -206,7 +198,7 @@ func (a *archive) nearlyFull(ctx context.Context) (queues []string) {
 		return nil
 	}
 	for _, queue := range names {
-		if n, err := a.rdb.ZCard(ctx, asynqKey(queue, "archived")).Result(); err == nil && n >= archiveWarning {
+		if n, err := a.rdb.ZCard(ctx, asynqkey.List(queue, "archived")).Result(); err == nil && n >= archiveWarning {
 			queues = append(queues, queue)
 		}
 	}
@@ -300,7 +292,7 @@ return 1`)
 // retry puts a job back. asynq's own way of it leaves the tries used up, so that
 // the next failure would be the last.
 func (a *archive) retry(ctx context.Context, job *asynq.TaskInfo) error {
-	key := taskKey(job.Queue, job.ID)
+	key := asynqkey.Task(job.Queue, job.ID)
 	data, err := a.rdb.HGet(ctx, key, "msg").Bytes()
 	if errors.Is(err, redis.Nil) {
 		return asynq.ErrTaskNotFound
@@ -313,7 +305,7 @@ func (a *archive) retry(ctx context.Context, job *asynq.TaskInfo) error {
 		return err
 	}
 	msg.retried = 0
-	keys := []string{asynqKey(job.Queue, "archived"), asynqKey(job.Queue, "pending"), key}
+	keys := []string{asynqkey.List(job.Queue, "archived"), asynqkey.List(job.Queue, "pending"), key}
 	moved, err := retryScript.Run(ctx, a.rdb, keys, job.ID, msg.encode(), time.Now().UnixNano()).Int()
 	if err == nil && moved == 0 {
 		return asynq.ErrTaskNotFound

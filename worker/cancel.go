@@ -11,7 +11,7 @@ import (
 	"github.com/hibiken/asynq"
 	"github.com/redis/go-redis/v9"
 
-	"github.com/carpool-go/carpool/dbpool"
+	"github.com/carpool-go/carpool/internal/asynqkey"
 	"github.com/carpool-go/carpool/tasks"
 )
 
@@ -55,13 +55,11 @@ var isUUID = regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
 
 func (c *cancelCmd) removeFromOutbox(ctx context.Context) (removed bool, err error) {
 	var f faults
-	cfg := dbpool.DefaultConfig(f.databaseURL(c.DatabaseURL))
+	url := f.databaseURL(c.DatabaseURL)
 	if err := f.err(); err != nil {
 		return false, err
 	}
-	cfg.Size, cfg.MaxOverflow, cfg.Timeout = 1, 0, statusTimeout
-	cfg.Logger = slog.New(slog.DiscardHandler)
-	db, err := dbpool.Open(ctx, cfg)
+	db, err := openOne(url)
 	if err != nil {
 		return false, err
 	}
@@ -109,7 +107,7 @@ return 1`)
 // complete does to a job that is to be retried what asynq does to one that is done
 // and retained.
 func complete(ctx context.Context, rdb redis.UniversalClient, info *asynq.TaskInfo, result []byte) error {
-	key := taskKey(info.Queue, info.ID)
+	key := asynqkey.Task(info.Queue, info.ID)
 	data, err := rdb.HGet(ctx, key, "msg").Bytes()
 	if err != nil {
 		return err
@@ -120,6 +118,6 @@ func complete(ctx context.Context, rdb redis.UniversalClient, info *asynq.TaskIn
 	}
 	now := time.Now()
 	msg.lastErr, msg.lastFailedAt, msg.completedAt = "", 0, now.Unix()
-	keys := []string{asynqKey(info.Queue, "retry"), asynqKey(info.Queue, "completed"), key}
+	keys := []string{asynqkey.List(info.Queue, "retry"), asynqkey.List(info.Queue, "completed"), key}
 	return completeScript.Run(ctx, rdb, keys, info.ID, msg.encode(), now.Add(info.Retention).Unix(), result).Err()
 }

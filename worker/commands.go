@@ -42,7 +42,7 @@ type enqueueCmd struct {
 const retentionForWait = 5 * time.Minute
 
 func (e *enqueueCmd) Run(kinds kindsOf) error {
-	payload, err := e.payload(kinds(tasks.Config{}), os.Stdin)
+	payload, err := readPayload(kinds(tasks.Config{}), e.Kind, e.Payload, os.Stdin, exampleLine)
 	if err != nil {
 		return err
 	}
@@ -83,23 +83,38 @@ func (e *enqueueCmd) Run(kinds kindsOf) error {
 	return nil
 }
 
-func (e *enqueueCmd) payload(set *tasks.Set, stdin io.Reader) (tasks.Payload, error) {
-	data := []byte(e.Payload)
-	if e.Payload == "-" {
-		var err error
+// readPayload reads a command's payload of a kind from its argument, or for "-" from
+// stdin. example shows what would be right.
+func readPayload(set *tasks.Set, kind, arg string, stdin io.Reader, example func(*tasks.Task) string) (tasks.Payload, error) {
+	task, err := set.Lookup(kind)
+	if err != nil {
+		return nil, configError("kind: " + strings.Replace(err.Error(), "this worker knows", "this program knows", 1))
+	}
+	data := []byte(arg)
+	if arg == "-" {
 		if data, err = io.ReadAll(stdin); err != nil {
 			return nil, fmt.Errorf("read the payload from standard input: %w", err)
 		}
 	}
-	task, err := set.Lookup(e.Kind)
-	if err != nil {
-		return nil, configError(strings.Replace(err.Error(), "this worker knows", "this program knows", 1))
-	}
 	payload, err := task.Decode(data)
 	if err != nil {
-		return nil, configError(fmt.Sprintf("%v; for example: %s", err, exampleLine(task)))
+		return nil, configError(fmt.Sprintf("%v; for example: %s", err, example(task)))
 	}
 	return payload, nil
+}
+
+// maxRetryFlag is [tasks.Options.MaxRetry] for --max-retry, which is nil if it is not
+// given.
+func maxRetryFlag(n *int) (int, error) {
+	switch {
+	case n == nil:
+		return 0, nil
+	case *n < 0:
+		return 0, configError(fmt.Sprintf("--max-retry: %d is less than 0, which is no retry", *n))
+	case *n == 0:
+		return tasks.NoRetry, nil
+	}
+	return *n, nil
 }
 
 func (e *enqueueCmd) options(kind tasks.Options) (*tasks.EnqueueOptions, error) {
@@ -113,13 +128,9 @@ func (e *enqueueCmd) options(kind tasks.Options) (*tasks.EnqueueOptions, error) 
 	if e.In > 0 {
 		opts.RunAt = time.Now().Add(e.In)
 	}
-	if e.MaxRetry != nil {
-		switch opts.MaxRetry = *e.MaxRetry; {
-		case opts.MaxRetry < 0:
-			return nil, configError(fmt.Sprintf("--max-retry: %d is less than 0", opts.MaxRetry))
-		case opts.MaxRetry == 0:
-			opts.MaxRetry = tasks.NoRetry
-		}
+	var err error
+	if opts.MaxRetry, err = maxRetryFlag(e.MaxRetry); err != nil {
+		return nil, err
 	}
 	if e.Wait {
 		opts.Retention = max(kind.Retention, retentionForWait)

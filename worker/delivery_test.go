@@ -16,6 +16,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/dbpool"
+	"github.com/carpool-go/carpool/internal/asynqkey"
 	"github.com/carpool-go/carpool/tasks"
 )
 
@@ -248,10 +249,10 @@ func TestFrame_TwoLivingRunsDoNotEndEachOtherForEver(t *testing.T) {
 	}
 	eventually(t, "it runs", func() bool { return runs.Load() == 1 })
 	pipe := rdb.TxPipeline()
-	pipe.LRem(t.Context(), asynqKey("default", "active"), 1, info.ID)
-	pipe.ZRem(t.Context(), asynqKey("default", "lease"), info.ID)
-	pipe.LPush(t.Context(), asynqKey("default", "pending"), info.ID)
-	pipe.HSet(t.Context(), taskKey("default", info.ID), "state", "pending")
+	pipe.LRem(t.Context(), asynqkey.List("default", "active"), 1, info.ID)
+	pipe.ZRem(t.Context(), asynqkey.List("default", "lease"), info.ID)
+	pipe.LPush(t.Context(), asynqkey.List("default", "pending"), info.ID)
+	pipe.HSet(t.Context(), asynqkey.Task("default", info.ID), "state", "pending")
 	if _, err := pipe.Exec(t.Context()); err != nil {
 		t.Fatal(err)
 	}

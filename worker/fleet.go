@@ -18,6 +18,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/dbpool"
+	"github.com/carpool-go/carpool/internal/asynqkey"
 )
 
 // fleet is what one instance has to do with the others: it shows them its
@@ -314,16 +315,15 @@ func servedQueues(rdb redis.UniversalClient) (map[string]bool, error) {
 // its figures are still missing.
 func (f *fleet) remove(ctx context.Context, name string) (removed bool, err error) {
 	queue := instanceQueue(name)
-	prefix := "asynq:{" + queue + "}:"
 	keys := []string{figuresKey(name)}
 	for _, key := range []string{"pending", "active", "scheduled", "retry", "archived", "completed", "lease", "paused", "processed", "failed"} {
-		keys = append(keys, prefix+key)
+		keys = append(keys, asynqkey.List(queue, key))
 	}
 	for day := range statsDays {
 		date := time.Now().UTC().AddDate(0, 0, 1-day).Format(time.DateOnly)
-		keys = append(keys, prefix+"processed:"+date, prefix+"failed:"+date)
+		keys = append(keys, asynqkey.List(queue, "processed:"+date), asynqkey.List(queue, "failed:"+date))
 	}
-	gone, err := removeQueue.Run(ctx, f.rdb, keys, prefix+"t:").Int()
+	gone, err := removeQueue.Run(ctx, f.rdb, keys, asynqkey.Task(queue, "")).Int()
 	if err != nil {
 		return false, fmt.Errorf("remove the queue %s: %w", queue, err)
 	}

@@ -213,7 +213,7 @@ func TestFrame_WhatCannotRunIsArchivedWithItsReasonAtOnce(t *testing.T) {
 		}
 		return "", nil
 	})
-	client := asynq.NewClientFromRedisClient(mustRedis(t, f.redisURL))
+	client := asynq.NewClientFromRedisClient(f.redis(t))
 	for name, c := range map[string]struct{ kind, payload, reason string }{
 		"unknown kind":    {"prob", `{}`, `unknown kind "prob": this worker knows probe`},
 		"empty payload":   {"probe", ``, "probe payload: it is empty; a JSON object is expected, {} at least"},
@@ -248,16 +248,6 @@ func TestFrame_WhatCannotRunIsArchivedWithItsReasonAtOnce(t *testing.T) {
 	if log := f.log.String(); strings.Contains(log, "secret") || strings.Contains(log, "12345") || strings.Contains(log, "forbidden") {
 		t.Errorf("the log shows a payload:\n%s", log)
 	}
-}
-
-func mustRedis(t *testing.T, url string) redis.UniversalClient {
-	t.Helper()
-	rdb, err := tasks.OpenRedis(url)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = rdb.Close() })
-	return rdb
 }
 
 func TestFrame_FailureIsTriedAgainUntilTheRetriesAreUsedUp(t *testing.T) {

@@ -68,11 +68,7 @@ func setup(t *testing.T) *bundle {
 	if err := schema.Migrate(t.Context(), b.databaseURL, slog.New(slog.DiscardHandler)); err != nil {
 		t.Fatal(err)
 	}
-	rdb, err := tasks.OpenRedis(b.redisURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = rdb.Close() })
+	rdb := b.redis(t)
 	b.client = tasks.NewClient(rdb)
 	b.inspector = asynq.NewInspectorFromRedisClient(rdb)
 	b.env = []string{
@@ -80,6 +76,21 @@ func setup(t *testing.T) *bundle {
 		"LOG_LEVEL=debug", "LOG_FORMAT=json", "PATH=" + os.Getenv("PATH"),
 	}
 	return b
+}
+
+func openRedis(t testing.TB, url string) redis.UniversalClient {
+	t.Helper()
+	rdb, err := tasks.OpenRedis(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = rdb.Close() })
+	return rdb
+}
+
+func (b *bundle) redis(t *testing.T) redis.UniversalClient {
+	t.Helper()
+	return openRedis(t, b.redisURL)
 }
 
 // worker prepares a run of the binary with the bundle's servers; env wins over

@@ -24,18 +24,9 @@ import (
 // behindProxies returns the bundle's servers as they are seen through proxies.
 func (b *bundle) behindProxies(t *testing.T) (at *bundle, forPostgres, forRedis *testservers.Proxy) {
 	t.Helper()
-	through := func(raw string) (string, *testservers.Proxy) {
-		u, err := url.Parse(raw)
-		if err != nil {
-			t.Fatal(err)
-		}
-		proxy := testservers.NewProxy(t, u.Host)
-		u.Host = proxy.Addr()
-		return u.String(), proxy
-	}
 	at = &bundle{}
-	at.databaseURL, forPostgres = through(b.databaseURL)
-	at.redisURL, forRedis = through(b.redisURL)
+	at.databaseURL, forPostgres = throughProxy(t, b.databaseURL)
+	at.redisURL, forRedis = throughProxy(t, b.redisURL)
 	return at, forPostgres, forRedis
 }
 
@@ -259,7 +250,7 @@ func TestCancel_JobThatSucceedsNeverthelessIsDoneAndKeepsItsResult(t *testing.T)
 				<-ctx.Done()
 				return "result", nil // it was past the point of no return
 			})
-			info, err := asynq.NewClientFromRedisClient(mustRedis(t, f.redisURL)).EnqueueContext(t.Context(),
+			info, err := asynq.NewClientFromRedisClient(f.redis(t)).EnqueueContext(t.Context(),
 				asynq.NewTask("probe", []byte(`{"word":"x"}`)), asynq.MaxRetry(5), asynq.Retention(retention))
 			if err != nil {
 				t.Fatal(err)
@@ -292,7 +283,7 @@ func TestCancel_LastTryOfAJobOfOthersIsArchivedWithoutAWarning(t *testing.T) {
 		<-ctx.Done()
 		return "", ctx.Err()
 	})
-	info, err := asynq.NewClientFromRedisClient(mustRedis(t, f.redisURL)).EnqueueContext(t.Context(),
+	info, err := asynq.NewClientFromRedisClient(f.redis(t)).EnqueueContext(t.Context(),
 		asynq.NewTask("probe", []byte(`{"word":"x"}`)), asynq.MaxRetry(0))
 	if err != nil {
 		t.Fatal(err)

@@ -356,10 +356,10 @@ func (r *relay) enqueue(ctx, work context.Context, tx pgx.Tx, b *batch) error {
 }
 
 func (r *relay) enqueueRow(ctx context.Context, row outboxRow) (err error) {
-	defer func() { // a task's own code decodes and validates
+	defer func() { // a task's own code may encode its payload
 		if p := recover(); p != nil {
 			r.cfg.log.Error("a task panicked over a row of the outbox", "job_id", row.id, "kind", row.kind, "stack", string(debug.Stack()))
-			err = tasks.Permanent(fmt.Errorf("%s payload: reading it panicked", row.kind))
+			err = tasks.Permanent(fmt.Errorf("%s payload: enqueueing it panicked", row.kind))
 		}
 	}()
 	task, err := r.cfg.set.Lookup(row.kind)

@@ -84,16 +84,6 @@ func notes() *tasks.Set {
 	return set
 }
 
-func openRedis(t testing.TB, url string) redis.UniversalClient {
-	t.Helper()
-	rdb, err := tasks.OpenRedis(url)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = rdb.Close() })
-	return rdb
-}
-
 // relay starts a relay that knows notes, after change has had its way with its
 // configuration, and waits until it has moved what there was.
 func (o *outboxBundle) relay(t testing.TB, change ...func(*relayConfig)) *relay {
@@ -564,16 +554,16 @@ func TestRelay_SetsAsideWhatCanNotBecomeAJob(t *testing.T) {
 	}
 	for id, want := range map[string]string{
 		bad:   "note:take payload: text: must not be bad??",
-		worse: "note:take payload: reading it panicked",
+		worse: "note:take payload: reading it panicked in ",
 	} {
 		var problem string
 		if err := o.db.QueryRow(t.Context(), "SELECT problem FROM carpool.outbox WHERE id = $1", id).Scan(&problem); err != nil {
 			t.Fatal(err)
 		}
-		if problem != want {
+		if !strings.HasPrefix(problem, want) {
 			t.Errorf("the problem is %q, want %q", problem, want)
 		}
-		o.log.wait(t, fmt.Sprintf(`"job_id":%q,"kind":"note:take","problem":%q`, id, want))
+		o.log.wait(t, fmt.Sprintf(`"job_id":%q,"kind":"note:take","problem":%q`, id, problem))
 	}
 	// What was mended is taken up.
 	o.exec(t, `UPDATE carpool.outbox SET payload = '{"text": "good"}', problem = NULL WHERE id = $1`, bad)

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/redis/go-redis/v9"
+
+	"github.com/carpool-go/carpool/internal/asynqkey"
 )
 
 // rescue gives jobs back to their queues whose worker died.
@@ -96,9 +98,9 @@ func (r *rescue) lookAll(ctx context.Context, passed time.Duration, found map[st
 // whose lease has stayed the same for too long.
 func (r *rescue) look(ctx context.Context, queue string, passed time.Duration, found map[string]lease) error {
 	pipe := r.rdb.Pipeline()
-	active := pipe.LRange(ctx, asynqKey(queue, "active"), 0, -1)
-	leases := pipe.ZRangeWithScores(ctx, asynqKey(queue, "lease"), 0, -1)
-	archived := pipe.ZCard(ctx, asynqKey(queue, "archived"))
+	active := pipe.LRange(ctx, asynqkey.List(queue, "active"), 0, -1)
+	leases := pipe.ZRangeWithScores(ctx, asynqkey.List(queue, "lease"), 0, -1)
+	archived := pipe.ZCard(ctx, asynqkey.List(queue, "archived"))
 	if _, err := pipe.Exec(ctx); err != nil {
 		return err
 	}
@@ -157,11 +159,11 @@ const unfetched = "the answer to its fetch was lost, or its worker died within s
 // job whose lease was never extended has most likely not begun: one lost answer of
 // Redis leaves it so. Once in a row that costs nothing.
 func (r *rescue) giveBack(ctx context.Context, queue, id string, seen lease) (why string, err error) {
-	data, err := r.rdb.HGet(ctx, taskKey(queue, id), "msg").Bytes()
+	data, err := r.rdb.HGet(ctx, asynqkey.Task(queue, id), "msg").Bytes()
 	if errors.Is(err, redis.Nil) { // an id without its job
 		pipe := r.rdb.Pipeline()
-		pipe.LRem(ctx, asynqKey(queue, "active"), 0, id)
-		pipe.ZRem(ctx, asynqKey(queue, "lease"), id)
+		pipe.LRem(ctx, asynqkey.List(queue, "active"), 0, id)
+		pipe.ZRem(ctx, asynqkey.List(queue, "lease"), id)
 		_, err := pipe.Exec(ctx)
 		return "", err
 	}
@@ -179,19 +181,13 @@ func (r *rescue) giveBack(ctx context.Context, queue, id string, seen lease) (wh
 		msg.lastErr = unfetched
 	}
 	msg.lastFailedAt = time.Now().Unix()
-	keys := []string{asynqKey(queue, "active"), asynqKey(queue, "lease"), asynqKey(queue, "retry"), taskKey(queue, id)}
+	keys := []string{asynqkey.List(queue, "active"), asynqkey.List(queue, "lease"), asynqkey.List(queue, "retry"), asynqkey.Task(queue, id)}
 	moved, err := giveBackScript.Run(ctx, r.rdb, keys, id, seen.until, msg.lastFailedAt, msg.encode()).Int()
 	if err != nil || moved == 0 {
 		return "", err
 	}
 	return msg.lastErr, nil
 }
-
-// asynqKey is the key of one of asynq's lists for a queue.
-func asynqKey(queue, list string) string { return "asynq:{" + queue + "}:" + list }
-
-// taskKey is the key of a task of asynq.
-func taskKey(queue, id string) string { return asynqKey(queue, "t:"+id) }
 
 func sortedNames(queues map[string]int) []string {
 	names := make([]string, 0, len(queues))

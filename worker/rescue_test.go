@@ -13,30 +13,21 @@ import (
 	"github.com/hibiken/asynq"
 	"github.com/redis/go-redis/v9"
 
+	"github.com/carpool-go/carpool/internal/asynqkey"
 	"github.com/carpool-go/carpool/tasks"
 )
-
-func (b *bundle) redis(t *testing.T) redis.UniversalClient {
-	t.Helper()
-	rdb, err := tasks.OpenRedis(b.redisURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = rdb.Close() })
-	return rdb
-}
 
 // loses does to Redis what a fetch does whose answer is lost.
 func loses(t *testing.T, rdb redis.UniversalClient, info *asynq.TaskInfo) {
 	t.Helper()
 	eventually(t, "the job can be fetched", func() bool {
-		return rdb.LRem(t.Context(), asynqKey(info.Queue, "pending"), 1, info.ID).Val() == 1
+		return rdb.LRem(t.Context(), asynqkey.List(info.Queue, "pending"), 1, info.ID).Val() == 1
 	})
 	pipe := rdb.TxPipeline()
-	pipe.LPush(t.Context(), asynqKey(info.Queue, "active"), info.ID)
-	pipe.ZAdd(t.Context(), asynqKey(info.Queue, "lease"), redis.Z{Score: float64(time.Now().Add(30 * time.Second).Unix()), Member: info.ID})
-	pipe.HSet(t.Context(), taskKey(info.Queue, info.ID), "state", "active")
-	pipe.HDel(t.Context(), taskKey(info.Queue, info.ID), "pending_since")
+	pipe.LPush(t.Context(), asynqkey.List(info.Queue, "active"), info.ID)
+	pipe.ZAdd(t.Context(), asynqkey.List(info.Queue, "lease"), redis.Z{Score: float64(time.Now().Add(30 * time.Second).Unix()), Member: info.ID})
+	pipe.HSet(t.Context(), asynqkey.Task(info.Queue, info.ID), "state", "active")
+	pipe.HDel(t.Context(), asynqkey.Task(info.Queue, info.ID), "pending_since")
 	if _, err := pipe.Exec(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -46,7 +37,7 @@ func loses(t *testing.T, rdb redis.UniversalClient, info *asynq.TaskInfo) {
 // counts: an earlier fetch was lost already.
 func dies(t *testing.T, rdb redis.UniversalClient, info *asynq.TaskInfo) {
 	t.Helper()
-	key := taskKey(info.Queue, info.ID)
+	key := asynqkey.Task(info.Queue, info.ID)
 	data, err := rdb.HGet(t.Context(), key, "msg").Bytes()
 	if err != nil {
 		t.Fatal(err)
@@ -71,13 +62,13 @@ func TestRescue_JobOfADeadWorkerIsRunAgainAndItsTryIsCounted(t *testing.T) {
 		"its lease was extended": {func(t *testing.T, rdb redis.UniversalClient, info *asynq.TaskInfo) {
 			loses(t, rdb, info)
 			time.Sleep(600 * time.Millisecond) // it has been looked at
-			rdb.ZIncrBy(t.Context(), asynqKey("default", "lease"), 5, info.ID)
+			rdb.ZIncrBy(t.Context(), asynqkey.List("default", "lease"), 5, info.ID)
 		}, 2},
 		"its fetch was lost before":             {dies, 2},
 		"it has not begun, for all one can see": {loses, 1},
 		"it has no lease": {func(t *testing.T, rdb redis.UniversalClient, info *asynq.TaskInfo) {
 			loses(t, rdb, info)
-			rdb.ZRem(t.Context(), asynqKey("default", "lease"), info.ID)
+			rdb.ZRem(t.Context(), asynqkey.List("default", "lease"), info.ID)
 		}, 1},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -168,7 +159,7 @@ func TestRescue_SaysThatAnArchiveIsNearlyFull(t *testing.T) {
 	for i := range archiveWarning {
 		jobs = append(jobs, redis.Z{Score: float64(i), Member: i})
 	}
-	if err := rdb.ZAdd(t.Context(), asynqKey("default", "archived"), jobs...).Err(); err != nil {
+	if err := rdb.ZAdd(t.Context(), asynqkey.List("default", "archived"), jobs...).Err(); err != nil {
 		t.Fatal(err)
 	}
 	log := newLogBuffer()
@@ -229,7 +220,7 @@ func TestMessage_ChangesWhatItShouldAndNothingElse(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	key := taskKey(before.Queue, before.ID)
+	key := asynqkey.Task(before.Queue, before.ID)
 	data, err := rdb.HGet(t.Context(), key, "msg").Bytes()
 	if err != nil {
 		t.Fatal(err)

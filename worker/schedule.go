@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"os"
 	"os/signal"
 	"strings"
@@ -35,19 +34,17 @@ type scheduleCmd struct {
 // withSchedules opens the database for as long as use takes.
 func (s databaseSettings) withSchedules(use func(ctx context.Context, db *dbpool.Pool) error) error {
 	var f faults
-	cfg := dbpool.DefaultConfig(f.databaseURL(s.DatabaseURL))
+	url := f.databaseURL(s.DatabaseURL)
 	if err := f.err(); err != nil {
 		return err
 	}
-	cfg.Size, cfg.MaxOverflow, cfg.Logger = 1, 0, slog.New(slog.DiscardHandler)
-	cfg.ThroughPooler = true // it may be; for a few statements it makes no difference
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
-	defer stop()
-	db, err := dbpool.Open(ctx, cfg)
+	db, err := openOne(url)
 	if err != nil {
 		return err
 	}
 	defer db.Close()
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
 	if err := schema.Check(ctx, db); err != nil {
 		return err
 	}
@@ -78,22 +75,20 @@ type scheduleAddCmd struct {
 
 // Run is `worker schedule add`.
 func (a *scheduleAddCmd) Run(kinds kindsOf) error {
-	payload, err := a.payload(kinds(tasks.Config{}), os.Stdin)
+	payload, err := readPayload(kinds(tasks.Config{}), a.Kind, a.Payload, os.Stdin, func(task *tasks.Task) string {
+		return "'" + task.Example() + "'"
+	})
+	if err != nil {
+		return err
+	}
+	maxRetry, err := maxRetryFlag(a.MaxRetry)
 	if err != nil {
 		return err
 	}
 	e := scheduler.Entry{
 		Name: a.Name, Cron: a.Cron, TimeZone: a.TimeZone, Payload: payload,
-		Options: tasks.Options{Queue: a.Queue, Timeout: a.Timeout, Retention: a.Retention},
+		Options: tasks.Options{Queue: a.Queue, MaxRetry: maxRetry, Timeout: a.Timeout, Retention: a.Retention},
 		Missed:  scheduler.Missed(a.Missed), Overlap: scheduler.Overlap(a.Overlap),
-	}
-	if a.MaxRetry != nil {
-		switch e.Options.MaxRetry = *a.MaxRetry; {
-		case *a.MaxRetry < 0:
-			return configError(fmt.Sprintf("max_retry: %d is less than 0, which is no retry", *a.MaxRetry))
-		case *a.MaxRetry == 0:
-			e.Options.MaxRetry = tasks.NoRetry
-		}
 	}
 	if err := e.Validate(); err != nil {
 		return configError(err.Error())
@@ -113,24 +108,6 @@ func (a *scheduleAddCmd) Run(kinds kindsOf) error {
 		fmt.Printf("%s is next run at %s\n", e.Name, scheduleTime(schedule.Next(time.Now()), e.TimeZone))
 		return nil
 	})
-}
-
-func (a *scheduleAddCmd) payload(set *tasks.Set, stdin io.Reader) (tasks.Payload, error) {
-	task, err := set.Lookup(a.Kind)
-	if err != nil {
-		return nil, configError("kind: " + strings.Replace(err.Error(), "this worker knows", "this program knows", 1))
-	}
-	data := []byte(a.Payload)
-	if a.Payload == "-" {
-		if data, err = io.ReadAll(stdin); err != nil {
-			return nil, fmt.Errorf("read the payload from standard input: %w", err)
-		}
-	}
-	payload, err := task.Decode(data)
-	if err != nil {
-		return nil, configError(fmt.Sprintf("%v; for example: '%s'", err, task.Example()))
-	}
-	return payload, nil
 }
 
 type scheduleLsCmd struct {
@@ -168,7 +145,7 @@ func printSchedules(out io.Writer, list []scheduler.Status) error {
 			next = "disabled"
 		}
 		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", s.Name, s.Cron, s.TimeZone, s.Kind, s.Missed, s.Overlap, s.Source,
-			scheduleTime(s.LastTick, s.TimeZone), next, strings.Join(strings.Fields(s.Problem), " "))
+			scheduleTime(s.LastTick, s.TimeZone), next, printable(s.Problem))
 	}
 	return w.Flush()
 }

@@ -42,7 +42,7 @@ func TestSchedule_RefusesWhatIsWrongWithOneLineThatNamesIt(t *testing.T) {
 		{"unknown field", []string{"add", "a", "@daily", "rows:prune", `{"tabel": "hunter2"}`}},
 		{"name: ", []string{"add", "a b", "@daily", "rows:prune", pruneNothing}},
 		{"queue: ", []string{"add", "a", "@daily", "rows:prune", pruneNothing, "--queue", "a=1"}},
-		{"max_retry: ", []string{"add", "a", "@daily", "rows:prune", pruneNothing, "--max-retry=-1"}},
+		{"--max-retry: ", []string{"add", "a", "@daily", "rows:prune", pruneNothing, "--max-retry=-1"}},
 		{"timeout: ", []string{"add", "a", "@daily", "rows:prune", pruneNothing, "--timeout", "1ms"}},
 		{"--missed", []string{"add", "a", "@daily", "rows:prune", pruneNothing, "--missed", "never"}},
 		{"--overlap", []string{"add", "a", "@daily", "rows:prune", pruneNothing, "--overlap", "never"}},

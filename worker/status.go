@@ -37,7 +37,7 @@ type statusCmd struct {
 
 const (
 	watchEvery = 2 * time.Second
-	// statusTimeout bounds what the database may take for the outbox's figures.
+	// statusTimeout bounds what the database may take.
 	statusTimeout = 10 * time.Second
 )
 
@@ -73,11 +73,13 @@ func (s *statusCmd) Run() error {
 	return s.watch(ctx, r, os.Stdout, os.Stderr)
 }
 
-// openOne opens a pool of a single connection, which connects when it is used.
+// openOne opens a pool of a single connection for a command, which connects when it
+// is used.
 func openOne(url string) (*dbpool.Pool, error) {
 	cfg := dbpool.DefaultConfig(url)
 	cfg.Size, cfg.MaxOverflow, cfg.Timeout = 1, 0, statusTimeout
 	cfg.Logger = slog.New(slog.DiscardHandler)
+	cfg.ThroughPooler = true // it may be; for a few statements it makes no difference
 	return dbpool.Open(context.Background(), cfg)
 }
 
