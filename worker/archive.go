@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"log/slog"
 	"os"
 	"os/signal"
 	"slices"
@@ -19,7 +18,6 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/internal/asynqkey"
-	"github.com/carpool-go/carpool/tasks"
 )
 
 // archiveCmd is what there is to do with jobs that were given up.
@@ -55,13 +53,7 @@ type archive struct {
 
 // withArchive opens the archive for as long as use takes.
 func (s redisSettings) withArchive(use func(ctx context.Context, a *archive) error) error {
-	var f faults
-	url := f.redisURL(s.RedisURL)
-	if err := f.err(); err != nil {
-		return err
-	}
-	redis.SetLogger(redisLog{slog.New(slog.DiscardHandler)})
-	rdb, err := tasks.OpenRedis(url)
+	rdb, err := s.open()
 	if err != nil {
 		return err
 	}

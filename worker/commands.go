@@ -138,9 +138,10 @@ func (e *enqueueCmd) options(kind tasks.Options) (*tasks.EnqueueOptions, error) 
 	return opts, nil
 }
 
-func (e *enqueueCmd) open() (redis.UniversalClient, error) {
+// open opens Redis for a command, which says itself what is wrong with it.
+func (s redisSettings) open() (redis.UniversalClient, error) {
 	var f faults
-	url := f.redisURL(e.RedisURL)
+	url := f.redisURL(s.RedisURL)
 	if err := f.err(); err != nil {
 		return nil, err
 	}
