@@ -94,7 +94,8 @@ func TestFrame_RowsLeftOpenAreTheHandlersFailureAndNoOutage(t *testing.T) {
 	}
 }
 
-// As when a machine dies in an outage that took the others as well.
+// As when a machine dies in an outage that took the others as well, and lasts longer
+// than the job's timeout.
 func TestFrame_JobThatIsRecordedIsDoneAlsoIfPostgresIsAwayWhenThatIsLookedUp(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -125,7 +126,7 @@ func (b *bundle) unacknowledged(t *testing.T) (recorded, lost *asynq.TaskInfo) {
 	t.Helper()
 	for _, info := range []**asynq.TaskInfo{&recorded, &lost} {
 		var err error
-		if *info, err = b.client.Enqueue(t.Context(), probe{"x"}, &tasks.EnqueueOptions{MaxRetry: tasks.NoRetry}); err != nil {
+		if *info, err = b.client.Enqueue(t.Context(), probe{"x"}, &tasks.EnqueueOptions{MaxRetry: tasks.NoRetry, Timeout: 2 * time.Second}); err != nil {
 			t.Fatal(err)
 		}
 		dies(t, b.redis(t), *info)

@@ -357,11 +357,11 @@ func (f *frame) run(ctx context.Context, job *tasks.Job, task *tasks.Task, paylo
 	return result, err
 }
 
-// explain puts the reason why the context ended before an error that is only
-// its consequence.
+// explain puts the reason why the context ended before a failure that is only its
+// consequence.
 func explain(ctx context.Context, err error) error {
 	cause := context.Cause(ctx)
-	if err == nil || cause == nil || errors.Is(err, cause) {
+	if err == nil || cause == nil || !isFailure(err) || errors.Is(err, cause) {
 		return err
 	}
 	return fmt.Errorf("%w: %w", cause, err)
