@@ -148,11 +148,10 @@ const (
 	// maxRetryHeader carries how many times a job is tried again at most.
 	maxRetryHeader = "carpool-max-retry"
 	// spareRetry is how much more asynq is told. asynq archives a job that fails
-	// on its last try whatever the reason; with tries to spare, whether a failure
-	// counts is the worker's to say. One is for the last try, one for what comes
-	// after it: a look at a job whose worker has died, or a run of one that was
-	// put back.
-	spareRetry = 2
+	// on its last try whatever the reason; with one try to spare, whether a failure
+	// counts is the worker's to say, and a job that ran into its timeout while it
+	// was committed is looked at once more.
+	spareRetry = 1
 )
 
 // MaxRetry returns how many times a job with these headers is tried again at

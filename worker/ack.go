@@ -6,48 +6,102 @@ import (
 	"math/rand/v2"
 	"net"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/redis/go-redis/v9"
+
+	"github.com/carpool-go/carpool/internal/asynqkey"
 )
 
-// ackHook sees to it that what asynq tells Redis of a job's end arrives. It is on
-// the Redis client of the asynq servers.
+// ackHook sees to it that what asynq tells Redis of a job's end arrives, and that it
+// is the truth. It is on the Redis client of the asynq servers.
 //
 // asynq gives such a command the time until the job's lease is over, but tries it
 // only once: what it does to try again fails at once, since it uses a context that
 // its caller has ended, and the job is run a second time when the lease is over.
 // (Upstream, processor.markAsDone and its siblings would make a new context within
 // the function that they hand to the syncer.)
-type ackHook struct{}
+//
+// asynq archives a job that has no retry left whatever its error is, also one that
+// is no failure. (Upstream, handleFailedMessage would ask isFailureFunc first.)
+type ackHook struct {
+	mu  sync.Mutex
+	due map[string]time.Time // of postponed jobs that asynq is about to archive, by task key
+}
 
 const (
 	ackPause    = 25 * time.Millisecond
 	ackPauseCap = time.Second
 )
 
-func (ackHook) DialHook(next redis.DialHook) redis.DialHook { return next }
+// postpone has a job put among those to be retried instead of into the archive; the
+// zero time takes that back.
+func (h *ackHook) postpone(queue, id string, until time.Time) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if until.IsZero() {
+		delete(h.due, asynqkey.Task(queue, id))
+		return
+	}
+	if h.due == nil {
+		h.due = make(map[string]time.Time)
+	}
+	h.due[asynqkey.Task(queue, id)] = until
+}
 
-func (ackHook) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
+// takePostponed returns what postpone was told of a job, once.
+func (h *ackHook) takePostponed(task string) (until time.Time, ok bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	until, ok = h.due[task]
+	delete(h.due, task)
+	return until, ok
+}
+
+func (*ackHook) DialHook(next redis.DialHook) redis.DialHook { return next }
+
+func (*ackHook) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
 	return next
 }
 
-func (ackHook) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
+func (h *ackHook) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
 	return func(ctx context.Context, cmd redis.Cmder) error {
 		script, ok := cmd.(*redis.Cmd)
 		if !ok || !isAck(ctx, cmd) {
 			return next(ctx, cmd)
 		}
-		err := sayAgain(ctx, next, script)
-		if err != nil && err.Error() == "NOT FOUND" {
-			// The job isn't active any more: an earlier try had arrived, and only its
-			// answer was lost; or its lease was over and it is somebody else's.
+		said, saying := ackOf(script.Args()), script
+		if said.archived != "" {
+			if until, ok := h.takePostponed(said.task); ok {
+				saying = said.postpone(ctx, until)
+			}
+		}
+		err := said.say(ctx, next, saying)
+		if err == nil || err.Error() == "NOT FOUND" {
+			// NOT FOUND: the job isn't active any more. An earlier try had arrived, and
+			// only its answer was lost; or its lease was over and it is somebody else's.
 			script.SetErr(nil)
 			script.SetVal("OK")
 			return nil
 		}
+		script.SetErr(err)
 		return err
 	}
+}
+
+// postponeScript moves a job from active to retry. It is asynq's own for that,
+// without the statistics of failures.
+const postponeScript = `
+if redis.call("LREM", KEYS[2], 0, ARGV[1]) == 0 then return redis.error_reply("NOT FOUND") end
+redis.call("ZREM", KEYS[3], ARGV[1])
+redis.call("ZADD", KEYS[4], ARGV[3], ARGV[1])
+redis.call("HSET", KEYS[1], "msg", ARGV[2], "state", "retry")
+return redis.status_reply("OK")`
+
+func (a ack) postpone(ctx context.Context, until time.Time) *redis.Cmd {
+	retry := strings.TrimSuffix(a.archived, "archived") + "retry"
+	return redis.NewCmd(ctx, "eval", postponeScript, 4, a.task, a.active, a.lease, retry, a.id, a.message, until.Unix())
 }
 
 // isAck reports whether the command says how a job has ended: of asynq's servers,
@@ -57,10 +111,9 @@ func isAck(ctx context.Context, cmd redis.Cmder) bool {
 	return ends && strings.HasPrefix(cmd.Name(), "eval")
 }
 
-// sayAgain says it until it is answered. What may have arrived is looked for first:
-// meanwhile another worker may have the job, from whom a repetition would take it.
-func sayAgain(ctx context.Context, next redis.ProcessHook, script *redis.Cmd) error {
-	said := ackOf(script.Args())
+// say says it until it is answered. What may have arrived is looked for before it is
+// said again: meanwhile another worker may have the job, from whom it would be taken.
+func (a ack) say(ctx context.Context, next redis.ProcessHook, script *redis.Cmd) error {
 	err := next(ctx, unrepeated{script})
 	for pause := ackPause; mayBeTriedAgain(err); pause = min(2*pause, ackPauseCap) {
 		select {
@@ -69,13 +122,11 @@ func sayAgain(ctx context.Context, next redis.ProcessHook, script *redis.Cmd) er
 		case <-time.After(pause/2 + rand.N(pause)):
 		}
 		if wasSent(err) {
-			arrived, again, lookErr := said.look(ctx, next)
+			arrived, again, lookErr := a.look(ctx, next)
 			switch {
 			case lookErr != nil:
 				continue
 			case arrived:
-				script.SetErr(nil)
-				script.SetVal("OK")
 				return nil
 			case !again:
 				return err
@@ -93,10 +144,11 @@ func (unrepeated) NoRetry() bool { return true }
 
 // ack is what one of asynq's scripts says of a job's end.
 type ack struct {
-	task, lease string // keys
-	id          string
-	message     []byte // the job's from now on; nil if that doesn't change
-	pushesBack  bool   // to the queue, as it is
+	task, active, lease string // keys
+	archived            string // the archive's key, if the job goes there
+	id                  string
+	message             []byte // the job's from now on; nil if that doesn't change
+	pushesBack          bool   // to the queue, as it is
 }
 
 // ackOf reads the arguments of a script: eval or evalsha, the script, how many
@@ -123,8 +175,12 @@ func ackOf(args []any) ack {
 		switch {
 		case strings.HasSuffix(key, ":t:"+a.id):
 			a.task = key
+		case strings.HasSuffix(key, ":active"):
+			a.active = key
 		case strings.HasSuffix(key, ":lease"):
 			a.lease = key
+		case strings.HasSuffix(key, ":archived"):
+			a.archived = key
 		case strings.HasSuffix(key, ":pending"):
 			a.pushesBack = true
 		}

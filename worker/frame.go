@@ -29,6 +29,7 @@ type frame struct {
 	inspector *asynq.Inspector
 	db        *dbpool.Pool
 	gate      *gate
+	acks      *ackHook
 	log       *slog.Logger
 	// ending is done, with errEnding as its cause, once jobs that still run
 	// must stop because the worker does.
@@ -71,6 +72,7 @@ func (f *frame) ProcessTask(asynqCtx context.Context, t *asynq.Task) error {
 		return postponed(fmt.Errorf("an earlier run of this job has not ended: %w", err))
 	}
 	defer f.runs.end(run)
+	f.acks.postpone(job.Queue, job.ID, time.Time{})
 
 	ctx, release := f.bound(asynqCtx, started)
 	defer release()
@@ -78,7 +80,7 @@ func (f *frame) ProcessTask(asynqCtx context.Context, t *asynq.Task) error {
 	defer borrower.End() // also when a handler ends its goroutine
 	var result []byte
 	pprof.Do(ctx, pprof.Labels(jobLabel, job.ID), func(ctx context.Context) {
-		result, err = f.attempt(ctx, job, last, t.Payload(), borrower)
+		result, err = f.attempt(ctx, job, t.Payload(), borrower)
 	})
 	usage := borrower.End()
 	err = explain(ctx, err)
@@ -87,7 +89,7 @@ func (f *frame) ProcessTask(asynqCtx context.Context, t *asynq.Task) error {
 	}
 	run.done, run.result = err == nil, result
 
-	outcome := f.outcome(ctx, job, last, err)
+	outcome := f.outcome(ctx, job, err)
 	if outcome == outcomeDone && result != nil && asynqCtx.Err() == nil { // else asynq doesn't write it
 		if err := job.WriteResult(result); err != nil {
 			job.Log.Warn("the job is done, but its result could not be written", "error", err)
@@ -105,6 +107,10 @@ func (f *frame) ProcessTask(asynqCtx context.Context, t *asynq.Task) error {
 	switch outcome {
 	case outcomeArchived:
 		return tasks.Permanent(err) // asynq has been told of more retries
+	case outcomePostponed, outcomeSnoozed:
+		if last {
+			f.acks.postpone(job.Queue, job.ID, time.Now().Add(retryDelay(0, err, t)))
+		}
 	case outcomeInterrupted:
 		// An error would use up a retry. asynq pushes the job back to its queue
 		// when the time for the shutdown is up, and then ends this context.
@@ -130,9 +136,7 @@ func (f *frame) HandleError(ctx context.Context, _ *asynq.Task, err error) {
 	}
 }
 
-// newJob describes the attempt. last tells that asynq archives the job if the
-// attempt ends with an error, whatever it is: asynq has been told of more retries
-// than the job has, but only by tasks.Client, and there is an end to those too.
+// newJob describes the attempt. last tells that asynq has no retry left for the job.
 func (f *frame) newJob(ctx context.Context, t *asynq.Task) (job *tasks.Job, last bool) {
 	id, _ := asynq.GetTaskID(ctx)
 	queue, _ := asynq.GetQueueName(ctx)
@@ -181,7 +185,7 @@ const (
 )
 
 // attempt runs the handler until what comes of it is the job's own.
-func (f *frame) attempt(ctx context.Context, job *tasks.Job, last bool, data []byte, borrower *dbpool.Borrower) ([]byte, error) {
+func (f *frame) attempt(ctx context.Context, job *tasks.Job, data []byte, borrower *dbpool.Borrower) ([]byte, error) {
 	task, err := f.tasks.Lookup(job.Kind)
 	if err != nil {
 		return nil, f.unknown(ctx, job, err)
@@ -197,7 +201,7 @@ func (f *frame) attempt(ctx context.Context, job *tasks.Job, last bool, data []b
 		}
 	}
 	if task.Once {
-		if err := f.gate.wait(ctx, last); err != nil {
+		if err := f.gate.wait(ctx); err != nil {
 			return nil, postponed(fmt.Errorf("the database is away: %w", err))
 		}
 	}
@@ -222,18 +226,17 @@ func (f *frame) attempt(ctx context.Context, job *tasks.Job, last bool, data []b
 			}
 			return nil, err
 		}
-		busy := f.note(err)
-		if busy && !last {
+		if busy := f.note(err); busy {
 			return nil, postponed(err)
 		}
 		if f.gate.blame(job.ID) > maxOutages {
 			f.gate.forgive(job.ID)
 			return nil, fmt.Errorf("the database went away %d times in a row while this job ran: %w", maxOutages+1, err)
 		}
-		if f.gate.wait(ctx, last) != nil {
+		if f.gate.wait(ctx) != nil {
 			return nil, postponed(err)
 		}
-		if deadline, ok := ctx.Deadline(); ok && time.Since(began) > time.Until(deadline) && !last {
+		if deadline, ok := ctx.Deadline(); ok && time.Since(began) > time.Until(deadline) {
 			return nil, postponed(err) // a new delivery has its whole time again
 		}
 	}
@@ -269,16 +272,15 @@ func (f *frame) unknown(ctx context.Context, job *tasks.Job, err error) error {
 
 // decideSpent decides on a job that has used up its tries without having ended: its
 // worker died each time, or it ran into its timeout and did not say so. It is given
-// up, unless the last worker died after the commit. That must be seen, and what is
-// postponed here may be archived by asynq, so an outage is waited for. ended is false
-// if the job is to be run all the same: somebody has put it back.
+// up, unless the last worker died after the commit. ended is false if the job is to
+// be run all the same: somebody has put it back.
 func (f *frame) decideSpent(ctx context.Context, job *tasks.Job, task *tasks.Task) (result []byte, ended bool, err error) {
 	info, err := f.inspector.GetTaskInfo(job.Queue, job.ID)
 	for ; err != nil; info, err = f.inspector.GetTaskInfo(job.Queue, job.ID) {
 		select {
 		case <-ctx.Done():
 			return nil, false, postponed(fmt.Errorf("%s%s%w", crashed, notLookedUp, err))
-		case <-time.After(spentPause):
+		case <-time.After(rescueEvery / 10):
 		}
 	}
 	reason, _, _ := strings.Cut(info.LastErr, notLookedUp)
@@ -286,30 +288,29 @@ func (f *frame) decideSpent(ctx context.Context, job *tasks.Job, task *tasks.Tas
 		return nil, false, nil
 	}
 	job.Attempt-- // this is none
-	for task.Once {
-		result, done, err := tasks.LookDone(ctx, job)
-		switch {
-		case done:
+	if !task.Once {
+		return nil, false, giveUp(reason, job.Attempt)
+	}
+	if err = f.gate.wait(ctx); err == nil {
+		var done bool
+		result, done, err = tasks.LookDone(ctx, job)
+		if err == nil && done {
 			return result, true, nil
-		case err == nil:
+		}
+		if err == nil {
 			return nil, false, giveUp(reason, job.Attempt)
-		case isRefusal(err):
+		}
+		if isRefusal(err) {
 			return nil, false, fmt.Errorf("%w%s%w", giveUp(reason, job.Attempt), notLookedUp, err)
 		}
 		f.note(err)
-		if f.gate.wait(ctx, true) != nil || ctx.Err() != nil {
-			return nil, false, postponed(fmt.Errorf("%s%s%w", reason, notLookedUp, err))
-		}
 	}
-	return nil, false, giveUp(reason, job.Attempt)
+	return nil, false, postponed(fmt.Errorf("%s%s%w", reason, notLookedUp, err))
 }
 
-const (
-	spentPause = 250 * time.Millisecond
-	// notLookedUp stands between the reason why a job is given up, which must be
-	// found again by decideSpent, and why that could not be done.
-	notLookedUp = "; whether it was done before could not be looked up: "
-)
+// notLookedUp stands between the reason why a job is given up, which must be found
+// again by decideSpent, and why that could not be done.
+const notLookedUp = "; whether it was done before could not be looked up: "
 
 // isOutage reports whether the job failed because the database was away. died:
 // one of its connections broke. used: it had one.
@@ -369,7 +370,7 @@ func explain(ctx context.Context, err error) error {
 
 // outcome decides what becomes of the job, the way asynq will for the same
 // error.
-func (f *frame) outcome(ctx context.Context, job *tasks.Job, last bool, err error) string {
+func (f *frame) outcome(ctx context.Context, job *tasks.Job, err error) string {
 	switch {
 	case err == nil:
 		return outcomeDone
@@ -377,12 +378,12 @@ func (f *frame) outcome(ctx context.Context, job *tasks.Job, last bool, err erro
 		return outcomeInterrupted // whatever the error is: it may come from the interruption
 	case errors.Is(err, errCancelled):
 		return outcomeCancelled
-	case !isFailure(err) && !last:
+	case !isFailure(err):
 		if _, ok := tasks.SnoozeDelay(err); ok {
 			return outcomeSnoozed
 		}
 		return outcomePostponed
-	case errors.Is(err, asynq.SkipRetry), last, job.Attempt > job.MaxRetry:
+	case errors.Is(err, asynq.SkipRetry), job.Attempt > job.MaxRetry:
 		return outcomeArchived
 	default:
 		return outcomeRetry

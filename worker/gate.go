@@ -69,9 +69,9 @@ func (g *gate) isShut() bool {
 }
 
 // wait returns nil at once while the database is there, and else when it is back.
-// It returns errLastHand if the job must give its hand back, unless it must stay,
-// and the context's cause when that is done.
-func (g *gate) wait(ctx context.Context, stay bool) error {
+// It returns errLastHand if the job must give its hand back, and the context's cause
+// when that is done.
+func (g *gate) wait(ctx context.Context) error {
 	g.mu.Lock()
 	back := g.away
 	if back == nil {
@@ -87,7 +87,7 @@ func (g *gate) wait(ctx context.Context, stay bool) error {
 		g.mu.Unlock()
 	}()
 	var handBack <-chan time.Time
-	if last && !stay {
+	if last {
 		handBack = time.After(lastHandWait)
 	}
 	select {

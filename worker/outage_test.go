@@ -60,13 +60,7 @@ func TestFrame_JobsWaitWhileTheDatabaseIsAwayAndNoTryIsUsedUp(t *testing.T) {
 	if _, err := f.wait(t, f.enqueue(t, "needs no database", nil)); err != nil {
 		t.Errorf("a job that needs no database: %v", err)
 	}
-	// One of another producer, whose last try asynq would archive whatever it fails of.
-	foreign, err := asynq.NewClientFromRedisClient(b.redis(t)).EnqueueContext(t.Context(),
-		asynq.NewTask("probe", []byte(`{"word": "needs it"}`)), asynq.MaxRetry(0), asynq.Retention(time.Hour))
-	if err != nil {
-		t.Fatal(err)
-	}
-	waiting = append(waiting, foreign)
+	foreign := b.enqueueAsOthersDo(t)
 	eventually(t, "it waits too", func() bool {
 		info, err := b.inspector.GetTaskInfo(foreign.Queue, foreign.ID)
 		return err == nil && info.State == asynq.TaskStateActive
@@ -79,6 +73,9 @@ func TestFrame_JobsWaitWhileTheDatabaseIsAwayAndNoTryIsUsedUp(t *testing.T) {
 		if result, err := f.wait(t, info); err != nil || string(result) != `"needs it"` {
 			t.Errorf("result %s, error %v", result, err)
 		}
+	}
+	if _, err := f.wait(t, foreign); err != nil {
+		t.Errorf("the job of others: %v", err)
 	}
 	for _, r := range f.records(t, 14) {
 		if attempt := r["job"].(map[string]any)["attempt"]; attempt != 1.0 {
@@ -283,11 +280,7 @@ func TestCancel_LastTryOfAJobOfOthersIsArchivedWithoutAWarning(t *testing.T) {
 		<-ctx.Done()
 		return "", ctx.Err()
 	})
-	info, err := asynq.NewClientFromRedisClient(f.redis(t)).EnqueueContext(t.Context(),
-		asynq.NewTask("probe", []byte(`{"word":"x"}`)), asynq.MaxRetry(0))
-	if err != nil {
-		t.Fatal(err)
-	}
+	info := f.enqueueAsOthersDo(t)
 	<-started
 	if err := f.client.Cancel(t.Context(), info.ID); err != nil {
 		t.Fatal(err)
@@ -506,6 +499,7 @@ func TestFrame_KindThatANewerWorkerKnowsIsLeftToIt(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	foreign := b.enqueueAsOthersDo(t)
 	newer := new(tasks.Set)
 	tasks.Register(newer, func(_ context.Context, _ *tasks.Job, p probe) (string, error) { return p.Word, nil })
 	conn, err := pgx.Connect(t.Context(), b.databaseURL)
@@ -517,13 +511,51 @@ func TestFrame_KindThatANewerWorkerKnowsIsLeftToIt(t *testing.T) {
 		t.Fatal(err)
 	}
 	older := b.runFrame(t, b, func(*tasks.Set) {})
-	if job := older.records(t, 1)[0]["job"].(map[string]any); job["outcome"] != outcomePostponed {
-		t.Errorf("the older worker's record is %v", job)
+	for _, r := range older.records(t, 2) {
+		if job := r["job"].(map[string]any); job["outcome"] != outcomePostponed {
+			t.Errorf("the older worker's record is %v", job)
+		}
 	}
 	b.runFrame(t, b, func(s *tasks.Set) {
 		tasks.Register(s, func(_ context.Context, _ *tasks.Job, p probe) (string, error) { return p.Word, nil })
 	})
-	if result, err := b.wait(t, info); string(result) != `"x"` || err != nil {
-		t.Errorf("result %s, error %v", result, err)
+	for _, info := range []*asynq.TaskInfo{info, foreign} {
+		if result, err := b.wait(t, info); string(result) != `"x"` || err != nil {
+			t.Errorf("result %s, error %v", result, err)
+		}
+	}
+}
+
+// enqueueAsOthersDo enqueues a probe in asynq's format, with a single try, which asynq
+// alone archives whatever comes of it.
+func (b *bundle) enqueueAsOthersDo(t *testing.T) *asynq.TaskInfo {
+	t.Helper()
+	info, err := asynq.NewClientFromRedisClient(b.redis(t)).EnqueueContext(t.Context(),
+		asynq.NewTask("probe", []byte(`{"word": "x"}`)), asynq.MaxRetry(0), asynq.Retention(time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return info
+}
+
+func TestFrame_LastTryOfAJobOfOthersMaySnoozeAndThenFail(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	var runs atomic.Int32
+	var lost atomic.Bool
+	f := b.runFrameWith(t, frameConfig{hook: losing{lost: &lost, is: ackTo("retry")}}, func(s *tasks.Set) {
+		tasks.Register(s, func(context.Context, *tasks.Job, probe) (string, error) {
+			if runs.Add(1) < 3 {
+				return "", tasks.Snooze(time.Millisecond)
+			}
+			return "", errors.New("not today")
+		})
+	})
+	_, err := f.wait(t, b.enqueueAsOthersDo(t))
+	if err == nil || !strings.Contains(err.Error(), "not today") || runs.Load() != 3 {
+		t.Errorf("error %v after %d runs; want two snoozes and a failure", err, runs.Load())
+	}
+	if !lost.Load() {
+		t.Error("no answer was lost")
 	}
 }
