@@ -23,20 +23,24 @@ const (
 	// cancelAgain is how often a running job is told; a worker that is just
 	// connecting to Redis doesn't hear it.
 	cancelAgain = time.Second
+	// parkedFor is how long a worker has to put a job away that asynq has parked:
+	// it knows whether that is done. One that stops takes 2 s at most.
+	parkedFor = 4 * time.Second
 )
 
 // Cancel cancels a job. One that waits is removed. One that runs has its context
 // cancelled, and when its handler has returned it is archived and not run again; if
-// the handler succeeds all the same, the job is done.
+// the handler succeeds all the same, the job is done, and the error wraps [ErrJobEnded].
 //
 // It returns when that has happened, which takes as long as the handler does. The
-// errors wrap [ErrNoSuchJob] or [ErrJobEnded], or are Redis'.
+// other errors wrap [ErrNoSuchJob] or [ErrJobEnded], or are Redis'.
 func (c *Client) Cancel(ctx context.Context, id string) error {
-	told, running := time.Time{}, false
+	var told, parked time.Time
+	running := false
 	for {
 		info, err := c.Find(ctx, id)
-		if errors.Is(err, ErrNoSuchJob) && running {
-			return nil
+		if running && (errors.Is(err, ErrNoSuchJob) || err == nil && info.State == asynq.TaskStateCompleted) {
+			return fmt.Errorf("tasks: cancel job %s: %w: it has succeeded all the same", id, ErrJobEnded)
 		}
 		if err != nil {
 			return fmt.Errorf("tasks: cancel job %s: %w", id, err)
@@ -57,8 +61,13 @@ func (c *Client) Cancel(ctx context.Context, id string) error {
 			return fmt.Errorf("tasks: cancel job %s: %w: it is %s", id, ErrJobEnded, info.State)
 		default:
 			if running && time.Until(info.NextProcessAt) > 365*24*time.Hour {
-				// Its worker is about to archive it, if it still lives.
-				_ = c.inspector.ArchiveTask(info.Queue, id)
+				// Its worker is about to put it away, if it still lives.
+				if parked.IsZero() {
+					parked = time.Now()
+				}
+				if time.Since(parked) > parkedFor {
+					_ = c.inspector.ArchiveTask(info.Queue, id)
+				}
 				break
 			}
 			err := c.inspector.DeleteTask(info.Queue, id)

@@ -148,10 +148,10 @@ const (
 	// maxRetryHeader carries how many times a job is tried again at most.
 	maxRetryHeader = "carpool-max-retry"
 	// spareRetry is how much more asynq is told. asynq archives a job that fails
-	// on its last try whatever the reason; with one try to spare, whether a failure
-	// counts is the worker's to say, and a job that ran into its timeout while it
-	// was committed is looked at once more.
-	spareRetry = 1
+	// on its last try whatever the reason; with some to spare, whether a failure
+	// counts is the worker's to say, and a job whose last try had no end, or whose
+	// one run more when it was put back, is looked at before it is given up.
+	spareRetry = 2
 )
 
 // MaxRetry returns how many times a job with these headers is tried again at

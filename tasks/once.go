@@ -9,8 +9,6 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
-
-	"github.com/carpool-go/carpool/dbpool"
 )
 
 // TxHandler is a [Handler] whose effects are those of tx. The worker begins tx,
@@ -43,7 +41,7 @@ func RegisterOnce[P Payload, R any](s *Set, h Handler[P, R]) {
 	t := register[P](s)
 	t.Once = true
 	t.run = func(ctx context.Context, job *Job, p Payload) (any, error) {
-		result, done, err := LookDone(ctx, job)
+		result, done, err := lookDone(ctx, job)
 		if err != nil || done {
 			return result, err
 		}
@@ -80,6 +78,10 @@ func Once[R any](ctx context.Context, job *Job, fn func(tx pgx.Tx) (R, error)) (
 // it then finds its record, or not.
 var ErrNoAnswer = errors.New("the database did not answer")
 
+// ErrNotBegun is wrapped by the error of a job whose transaction could not be begun,
+// whatever the reason: nothing of it has run in there.
+var ErrNotBegun = errors.New("the job's transaction could not be begun")
+
 // ErrOtherRun is wrapped by the error of a job whose time was up before another run
 // of it, which has lost its lease, had ended its transaction.
 var ErrOtherRun = errors.New("another run of this job is still in its transaction")
@@ -92,7 +94,7 @@ func once(ctx context.Context, job *Job, fn func(tx pgx.Tx) ([]byte, error)) (js
 	for {
 		tx, result, done, err := beginOnce(ctx, job)
 		if err != nil {
-			return nil, fmt.Errorf("begin the job's transaction: %w", err)
+			return nil, fmt.Errorf("%w: %w", ErrNotBegun, err)
 		}
 		if done {
 			job.recorded = true
@@ -102,11 +104,9 @@ func once(ctx context.Context, job *Job, fn func(tx pgx.Tx) ([]byte, error)) (js
 		if isRecorded(err) {
 			continue // by another run, after this one had looked
 		}
-		if dbpool.IsAway(err) {
-			// Perhaps another run has ended this one's session, which then goes
-			// first; or the two would end each other's for ever.
-			job.givesWay = true
-		}
+		// Perhaps another run has ended this one's session, which then goes first; or
+		// the two would end each other's for ever.
+		job.givesWay = isEnded(err)
 		job.recorded = err == nil
 		return result, err
 	}
@@ -115,7 +115,8 @@ func once(ctx context.Context, job *Job, fn func(tx pgx.Tx) ([]byte, error)) (js
 const (
 	// lockJob keeps a second run of the same job out for as long as the
 	// transaction is open; the record alone would only stop it at its end.
-	lockJob = "SELECT pg_try_advisory_xact_lock(hashtextextended('carpool job ' || $1 || ' ' || $2, 0))"
+	// The setting is gone with the transaction, so that recordJob knows it again.
+	lockJob = "SELECT pg_try_advisory_xact_lock(hashtextextended('carpool job ' || $1 || ' ' || $2, 0)) FROM set_config('carpool.job', $1, true)"
 	lookJob = "SELECT result FROM carpool.jobs_done WHERE id = $1 AND kind = $2"
 	// endHolder ends the session that holds lockJob.
 	endHolder = `SELECT count(pg_terminate_backend(l.pid)) FROM pg_locks l,
@@ -123,7 +124,9 @@ const (
 		WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1 AND l.pid <> pg_backend_pid()
 		AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
 		AND l.classid = ((k.key >> 32) & 4294967295)::oid AND l.objid = (k.key & 4294967295)::oid`
-	recordJob = "INSERT INTO carpool.jobs_done (id, kind, queue, result) VALUES ($1, $2, $3, $4)"
+	// recordJob fails, since the id can't be null, in another transaction than the
+	// one that lockJob was in.
+	recordJob = "INSERT INTO carpool.jobs_done (id, kind, queue, result) VALUES (CASE current_setting('carpool.job', true) WHEN $1 THEN $1 END, $2, $3, $4)"
 )
 
 const (
@@ -151,11 +154,16 @@ func beginOnce(ctx context.Context, job *Job) (tx *onceTx, result json.RawMessag
 	if job.givesWay {
 		time.Sleep(3 * otherRunCheck)
 	}
+	waits := false
 	for {
 		tx, locked, result, done, err := tryBegin(ctx, job)
+		if err != nil && waits && ctx.Err() != nil {
+			err = fmt.Errorf("%w: %w", ErrOtherRun, err)
+		}
 		if err != nil || tx != nil || done {
 			return tx, result, done, err
 		}
+		waits = true
 		if !locked && mayEnd && time.Since(since) > grace {
 			if mayEnd, err = endOther(ctx, job); err != nil {
 				return nil, nil, false, err
@@ -228,9 +236,24 @@ func tryBegin(ctx context.Context, job *Job) (tx *onceTx, locked bool, result js
 	return tx, true, nil, false, nil
 }
 
-// LookDone looks for the record of a transactional job, and returns its result, nil
-// for none. The errors are the database's.
+// LookDone looks for the record of a transactional job that isn't to be run any
+// more, and returns its result, nil for none. Another run that is in its transaction
+// still is waited for, and at last ended, as before a run.
+//
+// The errors are the database's, and those that wrap [ErrNoAnswer] or [ErrOtherRun].
 func LookDone(ctx context.Context, job *Job) (result json.RawMessage, done bool, err error) {
+	tx, result, done, err := beginOnce(ctx, job)
+	if err != nil {
+		return nil, false, fmt.Errorf("look whether the job is done: %w", err)
+	}
+	if tx != nil {
+		tx.rollBack()
+	}
+	return result, done, nil
+}
+
+// lookDone looks for the record, and for nothing else.
+func lookDone(ctx context.Context, job *Job) (result json.RawMessage, done bool, err error) {
 	err = job.DB.QueryRow(ctx, lookJob, job.ID, job.Kind).Scan(&result)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return nil, false, nil
@@ -239,6 +262,13 @@ func LookDone(ctx context.Context, job *Job) (result json.RawMessage, done bool,
 		return nil, false, fmt.Errorf("look whether the job is done: %w", err)
 	}
 	return result, true, nil
+}
+
+// isEnded reports whether err says that somebody has ended the session: 57P01
+// admin_shutdown.
+func isEnded(err error) bool {
+	e, ok := errors.AsType[*pgconn.PgError](err)
+	return ok && e.Code == "57P01"
 }
 
 // isRecorded reports whether err says that the job's record is there already.

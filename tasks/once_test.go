@@ -334,14 +334,25 @@ func TestRegisterTx_TransactionIsTheWorkersToEnd(t *testing.T) {
 // In a script that brings its own BEGIN and COMMIT, for one.
 func TestRegisterTx_TransactionThatWasEndedInSQLIsAFailure(t *testing.T) {
 	t.Parallel()
-	for _, end := range []string{"ROLLBACK", "BEGIN; UPDATE account SET balance = 7; COMMIT"} {
-		t.Run(end, func(t *testing.T) {
+	for name, end := range map[string][]string{
+		"ROLLBACK":           {"ROLLBACK"},
+		"COMMIT":             {"BEGIN; UPDATE account SET balance = 7; COMMIT"},
+		"ROLLBACK AND CHAIN": {"ROLLBACK AND CHAIN"},
+		"COMMIT AND CHAIN":   {"COMMIT AND CHAIN"},
+		"and then BEGIN":     {"ROLLBACK", "BEGIN"},
+		"BEGIN in it":        {"COMMIT; BEGIN; UPDATE account SET balance = 7"},
+	} {
+		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			a := openAccount(t, func(s *tasks.Set) {
 				tasks.RegisterTx(s, func(ctx context.Context, _ *tasks.Job, tx pgx.Tx, p credit) (int, error) {
 					balance, _ := add(ctx, tx, p.Amount)
-					_, err := tx.Exec(ctx, end)
-					return balance, err
+					for _, sql := range end {
+						if _, err := tx.Exec(ctx, sql); err != nil {
+							return 0, err
+						}
+					}
+					return balance, nil
 				})
 			})
 			_, err := a.deliver(t.Context(), a.DB, "1")

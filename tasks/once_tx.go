@@ -38,8 +38,8 @@ func (t *onceTx) run(ctx context.Context, job *Job, fn func(tx pgx.Tx) ([]byte, 
 
 // commit records the job and commits, in one round trip.
 func (t *onceTx) commit(ctx context.Context, job *Job, result json.RawMessage) error {
-	if t.conn.Conn().PgConn().TxStatus() == 'I' {
-		return Permanent(errTxNotYours)
+	if t.conn.Conn().IsClosed() {
+		return errors.New("the transaction's connection is closed, and the handler has returned no error: a statement that was broken off closes it")
 	}
 	var b pgx.Batch
 	recorded := false
@@ -62,6 +62,8 @@ func (t *onceTx) commit(ctx context.Context, job *Job, result json.RawMessage) e
 		return fmt.Errorf("commit the job's transaction: the handler has left rows open, or still uses it: %w", err)
 	case !refused || dbpool.IsAway(err):
 		return fmt.Errorf("commit the job's transaction: %w: %w", ErrNoAnswer, err)
+	case !recorded && e.Code == "23502" && e.TableName == "jobs_done": // not_null_violation
+		return Permanent(errTxNotYours)
 	case !recorded && e.Code == "25P02":
 		return errors.New("the handler went on after a statement of its transaction had failed, and returned no error; nothing is committed")
 	}
