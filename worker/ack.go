@@ -3,6 +3,8 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"strings"
@@ -26,8 +28,9 @@ import (
 // asynq archives a job that has no retry left whatever its error is, also one that
 // is no failure. (Upstream, handleFailedMessage would ask isFailureFunc first.)
 type ackHook struct {
-	mu  sync.Mutex
-	due map[string]time.Time // of postponed jobs that asynq is about to archive, by task key
+	mu     sync.Mutex
+	due    map[string]time.Time // of postponed jobs that asynq is about to archive, by task key
+	leases map[string][2]int64  // the last two that this process has asked for, by lease key and id; Unix seconds
 }
 
 const (
@@ -35,8 +38,8 @@ const (
 	ackPauseCap = time.Second
 )
 
-// postpone has a job put among those to be retried instead of into the archive; the
-// zero time takes that back.
+// postpone has a job put among those to be retried, instead of into the archive, to
+// which it is about to go; the zero time doesn't.
 func (h *ackHook) postpone(queue, id string, until time.Time) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -68,16 +71,27 @@ func (*ackHook) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.Proces
 func (h *ackHook) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
 	return func(ctx context.Context, cmd redis.Cmder) error {
 		script, ok := cmd.(*redis.Cmd)
-		if !ok || !isAck(ctx, cmd) {
+		if !ok || !strings.HasPrefix(cmd.Name(), "eval") {
+			if cmd.Name() == "zadd" {
+				h.extends(cmd.Args())
+			}
 			return next(ctx, cmd)
 		}
 		said, saying := ackOf(script.Args()), script
+		if said.asksForDead {
+			script.SetVal([]any{}) // it is rescue's to find them
+			return nil
+		}
+		if !isAck(ctx, cmd) {
+			return next(ctx, cmd)
+		}
 		if said.archived != "" {
 			if until, ok := h.takePostponed(said.task); ok {
 				saying = said.postpone(ctx, until)
 			}
 		}
-		err := said.say(ctx, next, saying)
+		defer h.forget(said)
+		err := h.say(ctx, next, said, saying)
 		if err == nil || err.Error() == "NOT FOUND" {
 			// NOT FOUND: the job isn't active any more. An earlier try had arrived, and
 			// only its answer was lost; or its lease was over and it is somebody else's.
@@ -88,6 +102,45 @@ func (h *ackHook) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
 		script.SetErr(err)
 		return err
 	}
+}
+
+// extends notes the leases of a heartbeat: zadd, the key, "xx", and then each lease
+// and its job's id. Whether they arrive isn't always known.
+func (h *ackHook) extends(args []any) {
+	if len(args) < 3 || args[2] != "xx" {
+		return
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.leases == nil {
+		h.leases = make(map[string][2]int64)
+	}
+	if now := time.Now().Unix(); len(h.leases) > 1000 { // those that a heartbeat extended as their jobs ended
+		maps.DeleteFunc(h.leases, func(_ string, until [2]int64) bool { return until[1] < now })
+	}
+	for i := 3; i+1 < len(args); i += 2 {
+		if until, ok := args[i].(float64); ok {
+			key := fmt.Sprint(args[1], " ", args[i+1])
+			h.leases[key] = [2]int64{h.leases[key][1], int64(until)}
+		}
+	}
+}
+
+// forget forgets the lease of a job that has ended.
+func (h *ackHook) forget(a ack) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	delete(h.leases, a.lease+" "+a.id)
+}
+
+// isOurs reports whether a lease is one that this process has got for the job: asynq
+// gives the command the time until its end, unless a heartbeat has extended it since.
+func (h *ackHook) isOurs(ctx context.Context, a ack, lease int64) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	until, _ := ctx.Deadline()
+	asked := h.leases[a.lease+" "+a.id]
+	return lease == until.Unix() || lease == asked[0] || lease == asked[1]
 }
 
 // postponeScript moves a job from active to retry. It is asynq's own for that,
@@ -113,7 +166,7 @@ func isAck(ctx context.Context, cmd redis.Cmder) bool {
 
 // say says it until it is answered. What may have arrived is looked for before it is
 // said again: meanwhile another worker may have the job, from whom it would be taken.
-func (a ack) say(ctx context.Context, next redis.ProcessHook, script *redis.Cmd) error {
+func (h *ackHook) say(ctx context.Context, next redis.ProcessHook, a ack, script *redis.Cmd) error {
 	err := next(ctx, unrepeated{script})
 	for pause := ackPause; mayBeTriedAgain(err); pause = min(2*pause, ackPauseCap) {
 		select {
@@ -122,14 +175,12 @@ func (a ack) say(ctx context.Context, next redis.ProcessHook, script *redis.Cmd)
 		case <-time.After(pause/2 + rand.N(pause)):
 		}
 		if wasSent(err) {
-			arrived, again, lookErr := a.look(ctx, next)
-			switch {
-			case lookErr != nil:
+			arrived, lookErr := h.look(ctx, next, a)
+			if lookErr != nil {
 				continue
-			case arrived:
+			}
+			if arrived {
 				return nil
-			case !again:
-				return err
 			}
 		}
 		err = next(ctx, unrepeated{script})
@@ -148,7 +199,7 @@ type ack struct {
 	archived            string // the archive's key, if the job goes there
 	id                  string
 	message             []byte // the job's from now on; nil if that doesn't change
-	pushesBack          bool   // to the queue, as it is
+	asksForDead         bool   // it is no ack: asynq's recoverer asks for leases that are over
 }
 
 // ackOf reads the arguments of a script: eval or evalsha, the script, how many
@@ -173,46 +224,49 @@ func ackOf(args []any) ack {
 	for _, key := range keys {
 		key, _ := key.(string)
 		switch {
-		case strings.HasSuffix(key, ":t:"+a.id):
+		case strings.HasSuffix(key, "}:t:"+a.id):
 			a.task = key
 		case strings.HasSuffix(key, ":active"):
 			a.active = key
 		case strings.HasSuffix(key, ":lease"):
 			a.lease = key
+			a.asksForDead = len(keys) == 1
 		case strings.HasSuffix(key, ":archived"):
 			a.archived = key
-		case strings.HasSuffix(key, ":pending"):
-			a.pushesBack = true
 		}
 	}
 	return a
 }
 
-// look finds out whether it has arrived, or else may be said again: the job is
-// still with this worker. If neither can be told, rescue gives the job back later.
-func (a ack) look(ctx context.Context, next redis.ProcessHook) (arrived, again bool, err error) {
-	if a.message == nil && !a.pushesBack {
-		return false, true, nil // it deletes the job; said again, it does no harm
-	}
+// look finds out whether it has arrived. If not, the job is still with this worker.
+func (h *ackHook) look(ctx context.Context, next redis.ProcessHook, a ack) (arrived bool, err error) {
 	job := redis.NewSliceCmd(ctx, "hmget", a.task, "msg", "state")
 	if err := next(ctx, job); err != nil {
-		return false, false, err
+		return false, err
 	}
-	message, state := job.Val()[0], job.Val()[1]
-	if a.message != nil {
-		return message == string(a.message), true, nil
+	stored, _ := job.Val()[0].(string)
+	if job.Val()[1] != "active" {
+		return true, nil
 	}
-	if state != "active" {
-		return true, false, nil
+	if a.message != nil && isNewer([]byte(stored), a.message) {
+		return true, nil
 	}
 	lease := redis.NewFloatCmd(ctx, "zscore", a.lease, a.id)
 	if err := next(ctx, lease); mayBeTriedAgain(err) {
-		return false, false, err
+		return false, err
 	}
-	// asynq gives the command the time until the lease is over that it knows of.
-	// Another worker's is later.
-	until, _ := ctx.Deadline()
-	return false, int64(lease.Val()) == until.Unix(), nil
+	return !h.isOurs(ctx, a, int64(lease.Val())), nil
+}
+
+// isNewer reports whether the stored message is of a later attempt than the one that
+// was said.
+func isNewer(stored, said []byte) bool {
+	now, err := parseMessage(stored)
+	if err != nil {
+		return false
+	}
+	then, err := parseMessage(said)
+	return err == nil && (now.retried > then.retried || now.lastFailedAt > then.lastFailedAt)
 }
 
 // wasSent reports whether what failed with err may have arrived all the same.
@@ -233,7 +287,7 @@ func mayBeTriedAgain(err error) bool {
 	}
 	if _, said := errors.AsType[redis.Error](err); said {
 		_, network := errors.AsType[net.Error](err)
-		for _, state := range []string{"LOADING ", "READONLY ", "MASTERDOWN ", "CLUSTERDOWN ", "TRYAGAIN ", "UNBLOCKED "} {
+		for _, state := range []string{"LOADING ", "READONLY ", "MASTERDOWN ", "CLUSTERDOWN ", "TRYAGAIN ", "UNBLOCKED ", "NOREPLICAS ", "MISCONF ", "BUSY ", "OOM "} {
 			if strings.HasPrefix(err.Error(), state) {
 				return true
 			}

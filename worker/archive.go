@@ -85,7 +85,7 @@ func (a *archive) list(ctx context.Context, f archiveFilter) ([]*asynq.TaskInfo,
 				return nil, fmt.Errorf("list the archive of queue %s: %w", queue, err)
 			}
 			for _, job := range some {
-				if (f.Kind == "" || job.Type == f.Kind) && strings.Contains(job.LastErr, f.Reason) {
+				if (f.Kind == "" || job.Type == f.Kind) && strings.Contains(deadLetterOf(job).Reason, f.Reason) {
 					jobs = append(jobs, job)
 				}
 			}
@@ -278,6 +278,7 @@ func (s archiveSelection) change(done string, do func(*archive, context.Context,
 var retryScript = redis.NewScript(`
 if redis.call("ZREM", KEYS[1], ARGV[1]) == 0 then return 0 end
 redis.call("HSET", KEYS[3], "msg", ARGV[2], "state", "pending", "pending_since", ARGV[3])
+redis.call("HDEL", KEYS[3], "` + freeField + `")
 redis.call("LPUSH", KEYS[2], ARGV[1])
 return 1`)
 

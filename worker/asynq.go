@@ -73,15 +73,12 @@ func startServers(rdb redis.UniversalClient, cfg config, f *frame, instanceQueue
 	return s, nil
 }
 
-// stopFetching returns when no more jobs are fetched.
-func (s *asynqServers) stopFetching() { s.each((*asynq.Server).Stop) }
-
 // stop stops fetching, lets jobs finish for the shutdown timeout, then
 // ends their contexts, and pushes back what still has not finished.
 func (s *asynqServers) stop() {
-	s.stopFetching()
 	timeUp := time.AfterFunc(s.shutdownTimeout, func() { s.end(errEnding) })
 	defer timeUp.Stop()
+	s.each((*asynq.Server).Stop) // takes its time if Redis is silent
 	s.each((*asynq.Server).Shutdown)
 }
 

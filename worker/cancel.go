@@ -35,19 +35,21 @@ func (c *cancelCmd) Run() error {
 }
 
 func (c *cancelCmd) cancel(ctx context.Context, client *tasks.Client) error {
-	if c.DatabaseURL == "" || !isUUID.MatchString(c.ID) {
-		return client.Cancel(ctx, c.ID)
+	err := client.Cancel(ctx, c.ID)
+	switch {
+	case !errors.Is(err, tasks.ErrNoSuchJob) || !isUUID.MatchString(c.ID):
+		return err
+	case c.DatabaseURL == "":
+		return fmt.Errorf("%w in Redis; the outbox was not looked at, as DATABASE_URL is not set", err)
 	}
-	removed, err := c.removeFromOutbox(ctx)
-	if err != nil {
-		return fmt.Errorf("look for job %s in the outbox: %w", c.ID, err)
+	removed, outboxErr := c.removeFromOutbox(ctx)
+	if outboxErr != nil {
+		return fmt.Errorf("%w in Redis; look for it in the outbox: %w", err, outboxErr)
 	}
-	// A relay may have moved it to Redis before its row could be removed.
-	err = client.Cancel(ctx, c.ID)
-	if removed && errors.Is(err, tasks.ErrNoSuchJob) {
+	if removed {
 		return nil
 	}
-	return err
+	return client.Cancel(ctx, c.ID) // a relay may have moved it meanwhile
 }
 
 // isUUID tells the ids that the outbox makes.

@@ -144,6 +144,8 @@ func (f *faults) databaseURL(value string) string {
 		f.add("DATABASE_URL", "is not set", exampleDatabaseURL)
 	case secretInFlag("DATABASE_URL", value):
 		f.add("DATABASE_URL", "is given as a flag with a password in it, which everybody on the machine can read in the list of processes; set the variable instead", exampleDatabaseURL)
+	case !strings.HasPrefix(value, "postgres://") && !strings.HasPrefix(value, "postgresql://"):
+		f.add("DATABASE_URL", "is wrong: it must begin with postgres:// or postgresql://", exampleDatabaseURL)
 	default:
 		if err := dbpool.DefaultConfig(value).Validate(); err != nil {
 			f.add("DATABASE_URL", "is wrong: "+strings.TrimPrefix(err.Error(), "dbpool: "), exampleDatabaseURL)

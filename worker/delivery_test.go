@@ -303,6 +303,7 @@ func TestFrame_ResetsOfRedisCostNoTry(t *testing.T) {
 func TestFrame_RunOfAnotherRoleIsWaitedForAndUsesUpNoTry(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
+	at, proxy, _ := b.behindProxies(t)
 	admin, err := pgx.Connect(t.Context(), b.databaseURL)
 	if err != nil {
 		t.Fatal(err)
@@ -314,15 +315,95 @@ func TestFrame_RunOfAnotherRoleIsWaitedForAndUsesUpNoTry(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer func() { _, _ = admin.Exec(context.Background(), "DROP OWNED BY "+role+"; DROP ROLE "+role) }()
-	info, err := b.client.Enqueue(t.Context(), probe{"x"}, &tasks.EnqueueOptions{MaxRetry: tasks.NoRetry, Timeout: 3 * time.Second})
-	if err != nil {
-		t.Fatal(err)
-	}
 	holder, err := admin.Begin(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := holder.Exec(t.Context(), "SELECT pg_advisory_xact_lock(hashtextextended('carpool job "+info.ID+" probe', 0))"); err != nil {
+	var jobs []*asynq.TaskInfo
+	for range 8 {
+		info, err := b.client.Enqueue(t.Context(), probe{"x"}, &tasks.EnqueueOptions{MaxRetry: tasks.NoRetry, Timeout: 3 * time.Second})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := holder.Exec(t.Context(), "SELECT pg_advisory_xact_lock(hashtextextended('carpool job "+info.ID+" probe', 0))"); err != nil {
+			t.Fatal(err)
+		}
+		jobs = append(jobs, info)
+	}
+	proxy.Delay(40 * time.Millisecond) // so that some are amid a round trip when their time is up
+	var runs atomic.Int32
+	f := b.runFrameWith(t, frameConfig{hands: 8, pool: func(c *dbpool.Config) {
+		u, err := url.Parse(at.databaseURL)
+		if err != nil {
+			t.Fatal(err)
+		}
+		u.User = url.UserPassword(role, "x")
+		c.URL = u.String()
+	}}, txProbe(&runs))
+	for _, r := range f.records(t, 8) {
+		if job := r["job"].(map[string]any); job["outcome"] != outcomePostponed {
+			t.Errorf("the record is %v, %v; want it postponed", job, r["error"])
+		}
+	}
+	if err := holder.Rollback(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, info := range jobs {
+		if result, err := f.wait(t, info); err != nil {
+			t.Errorf("result %s, error %v", result, err)
+		}
+	}
+	if runs.Load() != 8 {
+		t.Errorf("%d runs", runs.Load())
+	}
+	f.log.wait(t, "GRANT pg_signal_backend")
+	f.stop()
+	f.db.Close() // before the role goes
+}
+
+// It has lost its lease, and doesn't know yet.
+func TestFrame_SpentJobIsNotGivenUpWhileAnEarlierRunMayCommit(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	rdb := b.redis(t)
+	r := startRescue(rdb, []string{"default"}, 2*time.Second, discard())
+	defer r.stop()
+	info, err := b.client.Enqueue(t.Context(), probe{"x"}, &tasks.EnqueueOptions{MaxRetry: tasks.NoRetry})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sleeper, err := pgx.Connect(t.Context(), b.databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer sleeper.Close(context.Background())
+	if _, err := sleeper.Exec(t.Context(), "BEGIN; SELECT pg_advisory_xact_lock(hashtextextended('carpool job "+info.ID+" probe', 0))"); err != nil {
+		t.Fatal(err)
+	}
+	dies(t, rdb, info)
+	var runs atomic.Int32
+	f := b.runFrame(t, b, txProbe(&runs))
+	if _, err := f.wait(t, info); err == nil {
+		t.Error("want it given up")
+	}
+	if _, err := sleeper.Exec(t.Context(), "COMMIT"); err == nil {
+		t.Error("the earlier run has committed after that")
+	}
+}
+
+// A migration has the table locked.
+func TestFrame_SpentJobWhoseRecordCannotBeReadJustNowIsPostponed(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	r := startRescue(b.redis(t), []string{"default"}, 2*time.Second, discard())
+	defer r.stop()
+	recorded, _ := b.unacknowledged(t)
+	admin, err := pgx.Connect(t.Context(), b.databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer admin.Close(context.Background())
+	if _, err := admin.Exec(t.Context(), "BEGIN; LOCK TABLE carpool.jobs_done IN ACCESS EXCLUSIVE MODE"); err != nil {
 		t.Fatal(err)
 	}
 	var runs atomic.Int32
@@ -331,18 +412,78 @@ func TestFrame_RunOfAnotherRoleIsWaitedForAndUsesUpNoTry(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		u.User = url.UserPassword(role, "x")
+		q := u.Query()
+		q.Set("lock_timeout", "500")
+		u.RawQuery = q.Encode()
 		c.URL = u.String()
 	}}, txProbe(&runs))
-	f.records(t, 1) // its time is up, and it is postponed
-	if err := holder.Rollback(t.Context()); err != nil {
+	f.records(t, 1)
+	if _, err := admin.Exec(t.Context(), "ROLLBACK"); err != nil {
 		t.Fatal(err)
 	}
-	if result, err := f.wait(t, info); err != nil || runs.Load() != 1 {
-		t.Errorf("result %s, error %v after %d runs", result, err, runs.Load())
+	if result, err := f.wait(t, recorded); err != nil || string(result) != `"first"` {
+		t.Errorf("result %s, error %v; want the first run's result", result, err)
 	}
-	f.log.wait(t, "GRANT pg_signal_backend")
-	f.db.Close()
+}
+
+// By a worker of the last deploy, whose payload had one field more.
+func TestFrame_JobThatIsRecordedIsDoneAlsoIfItsPayloadIsNotTakenAnyMore(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.exec(t, `INSERT INTO carpool.jobs_done (id, kind, queue, result) VALUES ('done-17', 'probe', 'default', '"first"')`)
+	info, err := asynq.NewClientFromRedisClient(b.redis(t)).EnqueueContext(t.Context(),
+		asynq.NewTask("probe", []byte(`{"word": "x", "an_old_field": 1}`)), asynq.TaskID("done-17"), asynq.Retention(time.Hour))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var runs atomic.Int32
+	f := b.runFrame(t, b, txProbe(&runs))
+	if result, err := f.wait(t, info); err != nil || string(result) != `"first"` {
+		t.Errorf("result %s, error %v; want the first run's result", result, err)
+	}
+}
+
+// pgx closes the connection of a statement that is broken off.
+func TestFrame_StatementThatTheHandlerBrokeOffIsNoOutage(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	var runs atomic.Int32
+	f := b.runFrame(t, b, func(s *tasks.Set) {
+		tasks.RegisterTx(s, func(ctx context.Context, _ *tasks.Job, tx pgx.Tx, p probe) (string, error) {
+			runs.Add(1)
+			short, cancel := context.WithTimeout(ctx, 50*time.Millisecond)
+			defer cancel()
+			_, _ = tx.Exec(short, "SELECT pg_sleep(2)") // it can do without
+			return "", nil
+		})
+	})
+	_, err := f.wait(t, f.enqueue(t, "x", &tasks.EnqueueOptions{MaxRetry: tasks.NoRetry}))
+	if err == nil || runs.Load() != 1 || strings.Contains(f.log.String(), "the database is away") {
+		t.Errorf("%d runs for one try; error %v; the gate was shut: %v", runs.Load(), err, strings.Contains(f.log.String(), "the database is away"))
+	}
+}
+
+// Its own, of a request that it broke off for example: nobody has cancelled the job.
+func TestFrame_HandlersOwnContextErrorIsAFailureLikeOthers(t *testing.T) {
+	t.Parallel()
+	for name, own := range map[string]error{"canceled": context.Canceled, "deadline exceeded": context.DeadlineExceeded} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var runs atomic.Int32
+			f := runFrame(t, func(context.Context, *tasks.Job, probe) (string, error) {
+				if runs.Add(1) == 1 {
+					return "", own
+				}
+				return "ok", nil
+			})
+			if result, err := f.wait(t, f.enqueue(t, "x", nil)); err != nil {
+				t.Errorf("result %s, error %v", result, err)
+			}
+			if job := f.records(t, 1)[0]["job"].(map[string]any); job["outcome"] != outcomeRetry {
+				t.Errorf("the record is %v", job)
+			}
+		})
+	}
 }
 
 // brokenError is an error of a handler that is a nil pointer.

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/hibiken/asynq"
@@ -47,6 +49,14 @@ func isConflict(err error) bool {
 func isRefusal(err error) bool {
 	_, ok := errors.AsType[*pgconn.PgError](err)
 	return ok && !dbpool.IsAway(err)
+}
+
+// isForGood reports whether err is Postgres' answer to a statement that no waiting
+// mends: classes 28 (authorization), 3D and 3F (no such database or schema), 42 (syntax
+// error or access rule).
+func isForGood(err error) bool {
+	e, ok := errors.AsType[*pgconn.PgError](err)
+	return ok && slices.Contains([]string{"28", "3D", "3F", "42"}, e.Code[:2])
 }
 
 // isFailure is asynq's question whether an error uses up a try.
@@ -101,7 +111,8 @@ const crashed = "its worker died, or lost its lease, while it ran"
 // isUnended reports whether a job's last error says that the attempt had no end:
 // neither its handler's, nor one that the frame has seen.
 func isUnended(lastErr string) bool {
-	return lastErr == crashed || lastErr == asynq.ErrLeaseExpired.Error() || lastErr == context.DeadlineExceeded.Error()
+	reason, _, _ := strings.Cut(lastErr, notLookedUp)
+	return reason == crashed || reason == asynq.ErrLeaseExpired.Error() || reason == context.DeadlineExceeded.Error()
 }
 
 func giveUp(lastErr string, tries int) error {

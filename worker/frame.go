@@ -11,11 +11,14 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unicode/utf8"
 
 	"github.com/hibiken/asynq"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/dbpool"
+	"github.com/carpool-go/carpool/internal/asynqkey"
 	"github.com/carpool-go/carpool/tasks"
 )
 
@@ -61,18 +64,18 @@ const (
 	outcomePostponed   = "postponed"   // for the database's sake; no try is used up
 	outcomeSnoozed     = "snoozed"     // as the handler wanted; no try is used up
 	outcomeInterrupted = "interrupted" // by the worker's end; no try is used up
+	outcomeLost        = "lost"        // with its lease: it is another worker's by now
 )
 
 // ProcessTask runs one attempt of a job.
 func (f *frame) ProcessTask(asynqCtx context.Context, t *asynq.Task) error {
 	started := time.Now()
-	job, last := f.newJob(asynqCtx, t)
+	job := f.newJob(asynqCtx, t)
 	run, err := f.runs.begin(asynqCtx, job.Queue+" "+job.ID)
 	if err != nil {
 		return postponed(fmt.Errorf("an earlier run of this job has not ended: %w", err))
 	}
 	defer f.runs.end(run)
-	f.acks.postpone(job.Queue, job.ID, time.Time{})
 
 	ctx, release := f.bound(asynqCtx, started)
 	defer release()
@@ -83,15 +86,15 @@ func (f *frame) ProcessTask(asynqCtx context.Context, t *asynq.Task) error {
 		result, err = f.attempt(ctx, job, t.Payload(), borrower)
 	})
 	usage := borrower.End()
-	err = explain(ctx, err)
+	err = speakable(explain(ctx, err))
 	if why := run.givenUp(asynqCtx); why != nil && !errors.Is(err, why) && !(why == errCancelled && err == nil) {
 		err = why // asynq doesn't hear the handler any more
 	}
 	run.done, run.result = err == nil, result
 
 	outcome := f.outcome(ctx, job, err)
-	if outcome == outcomeDone && result != nil && asynqCtx.Err() == nil { // else asynq doesn't write it
-		if err := job.WriteResult(result); err != nil {
+	if outcome == outcomeDone && result != nil && asynqCtx.Err() == nil {
+		if err := f.keepResult(asynqCtx, job, result); err != nil {
 			job.Log.Warn("the job is done, but its result could not be written", "error", err)
 		}
 	}
@@ -107,10 +110,6 @@ func (f *frame) ProcessTask(asynqCtx context.Context, t *asynq.Task) error {
 	switch outcome {
 	case outcomeArchived:
 		return tasks.Permanent(err) // asynq has been told of more retries
-	case outcomePostponed, outcomeSnoozed:
-		if last {
-			f.acks.postpone(job.Queue, job.ID, time.Now().Add(retryDelay(0, err, t)))
-		}
 	case outcomeInterrupted:
 		// An error would use up a retry. asynq pushes the job back to its queue
 		// when the time for the shutdown is up, and then ends this context.
@@ -119,12 +118,46 @@ func (f *frame) ProcessTask(asynqCtx context.Context, t *asynq.Task) error {
 	return err
 }
 
+// resultScript writes the result of a job that is still there. asynq's own way of it
+// would leave a hash behind for one that is not, on which its id then stumbles.
+var resultScript = redis.NewScript(`
+if redis.call("HEXISTS", KEYS[1], "state") == 1 then redis.call("HSET", KEYS[1], "result", ARGV[1]) end
+return 1`)
+
+func writeResult(ctx context.Context, rdb redis.UniversalClient, queue, id string, data []byte) error {
+	return resultScript.Run(ctx, rdb, []string{asynqkey.Task(queue, id)}, data).Err()
+}
+
+// keepResult writes a result, again and again while Redis is away, as the
+// acknowledgement is that follows it.
+func (f *frame) keepResult(asynqCtx context.Context, job *tasks.Job, result []byte) error {
+	ctx, cancel := asynqCtx, context.CancelFunc(func() {})
+	if deadline, ok := asynqCtx.Deadline(); ok { // at which asynq would take it for a failure
+		ctx, cancel = context.WithDeadline(asynqCtx, deadline.Add(-tasks.TimeoutGrace/4))
+	}
+	defer cancel()
+	for {
+		err := writeResult(ctx, f.rdb, job.Queue, job.ID, result)
+		if !mayBeTriedAgain(err) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(ackPauseCap/2 + rand.N(ackPauseCap)):
+		}
+	}
+}
+
 // HandleError is called by asynq with each failure before it acts on it. If it
 // has given up a handler that still runs, because that ignores the end of its
 // context, the job's hand is kept here, and with it the job's lease, until the
 // handler has ended: asynq alone frees the hand and runs the job beside itself.
 // (Upstream, processor.exec would wait for resCh after ctx.Done.)
-func (f *frame) HandleError(ctx context.Context, _ *asynq.Task, err error) {
+//
+// What is postponed or snoozed and has no retry left by asynq's count, it is about to
+// archive.
+func (f *frame) HandleError(ctx context.Context, t *asynq.Task, err error) {
 	id, _ := asynq.GetTaskID(ctx)
 	queue, _ := asynq.GetQueueName(ctx)
 	run := f.runs.giveUp(queue+" "+id, err)
@@ -133,29 +166,33 @@ func (f *frame) HandleError(ctx context.Context, _ *asynq.Task, err error) {
 	}
 	if err == context.Canceled { //nolint:errorlint // asynq's own
 		f.behind.Go(func() { f.putAway(queue, id, run) })
+		return
 	}
+	retried, _ := asynq.GetRetryCount(ctx)
+	maxRetry, _ := asynq.GetMaxRetry(ctx)
+	var until time.Time
+	if retried >= maxRetry && !isFailure(err) && !errors.Is(err, asynq.SkipRetry) {
+		until = time.Now().Add(retryDelay(retried, err, t))
+	}
+	f.acks.postpone(queue, id, until)
 }
 
-// newJob describes the attempt. last tells that asynq has no retry left for the job.
-func (f *frame) newJob(ctx context.Context, t *asynq.Task) (job *tasks.Job, last bool) {
+// newJob describes the attempt.
+func (f *frame) newJob(ctx context.Context, t *asynq.Task) *tasks.Job {
 	id, _ := asynq.GetTaskID(ctx)
 	queue, _ := asynq.GetQueueName(ctx)
 	retried, _ := asynq.GetRetryCount(ctx)
-	asynqMax, _ := asynq.GetMaxRetry(ctx)
-	maxRetry, counted := tasks.MaxRetry(t.Headers())
-	if !counted {
-		maxRetry = asynqMax
+	maxRetry, ok := tasks.MaxRetry(t.Headers())
+	if !ok { // it was enqueued by others
+		maxRetry, _ = asynq.GetMaxRetry(ctx)
 	}
 	return &tasks.Job{
 		ID: id, Kind: t.Type(), Queue: queue,
 		Attempt: retried + 1, MaxRetry: maxRetry,
 		DB: f.db, Client: f.client,
-		Log: f.log.With(slog.Group("job", "id", id, "kind", t.Type())),
-		WriteResult: func(data []byte) error {
-			_, err := t.ResultWriter().Write(data)
-			return err
-		},
-	}, retried >= asynqMax
+		Log:         f.log.With(slog.Group("job", "id", id, "kind", t.Type())),
+		WriteResult: func(data []byte) error { return writeResult(ctx, f.rdb, queue, id, data) },
+	}
 }
 
 // bound returns the context of the handler. It ends a little before asynq's
@@ -184,21 +221,38 @@ const (
 	maxOutages = 5
 )
 
-// attempt runs the handler until what comes of it is the job's own.
+// attempt is attemptWith with the reason, if the job has used up its tries, why none
+// of them had an end: its worker died each time, or it ran into its timeout and did
+// not say so. The reason outlasts a postponement.
 func (f *frame) attempt(ctx context.Context, job *tasks.Job, data []byte, borrower *dbpool.Borrower) ([]byte, error) {
+	reason := ""
+	if job.Attempt > job.MaxRetry+1 {
+		var err error
+		if reason, err = f.whySpent(ctx, job); err != nil {
+			return nil, err
+		}
+	}
+	result, err := f.attemptWith(ctx, job, reason, data, borrower)
+	if e, ok := errors.AsType[*postponedError](err); ok && reason != "" {
+		err = &postponedError{fmt.Errorf("%s%s%w", reason, notLookedUp, e.err), e.delay}
+	}
+	return result, err
+}
+
+// attemptWith runs the handler until what comes of it is the job's own. With a reason
+// it doesn't: the job is given up, unless its last worker died after the commit.
+func (f *frame) attemptWith(ctx context.Context, job *tasks.Job, reason string, data []byte, borrower *dbpool.Borrower) ([]byte, error) {
 	task, err := f.tasks.Lookup(job.Kind)
 	if err != nil {
 		return nil, f.unknown(ctx, job, err)
 	}
+	if reason != "" {
+		job.Attempt-- // this is none
+		return f.unlessDone(ctx, job, task, giveUp(reason, job.Attempt))
+	}
 	payload, err := task.Decode(data)
 	if err != nil {
-		return nil, err
-	}
-	if job.Attempt > job.MaxRetry+1 {
-		result, ended, err := f.decideSpent(ctx, job, task)
-		if ended || err != nil {
-			return result, err
-		}
+		return f.unlessDone(ctx, job, task, err) // by an older worker, which took it
 	}
 	if task.Once {
 		if err := f.gate.wait(ctx); err != nil {
@@ -226,10 +280,13 @@ func (f *frame) attempt(ctx context.Context, job *tasks.Job, data []byte, borrow
 			}
 			return nil, err
 		}
+		if ctx.Err() != nil && errors.Is(err, tasks.ErrNoAnswer) {
+			return nil, postponed(err) // it may be the job's end that broke it off
+		}
 		if busy := f.note(err); busy {
 			return nil, postponed(err)
 		}
-		if f.gate.blame(job.ID) > maxOutages {
+		if !errors.Is(err, tasks.ErrNotBegun) && f.gate.blame(job.ID) > maxOutages {
 			f.gate.forgive(job.ID)
 			return nil, fmt.Errorf("the database went away %d times in a row while this job ran: %w", maxOutages+1, err)
 		}
@@ -270,46 +327,58 @@ func (f *frame) unknown(ctx context.Context, job *tasks.Job, err error) error {
 	return err
 }
 
-// decideSpent decides on a job that has used up its tries without having ended: its
-// worker died each time, or it ran into its timeout and did not say so. It is given
-// up, unless the last worker died after the commit. ended is false if the job is to
-// be run all the same: somebody has put it back.
-func (f *frame) decideSpent(ctx context.Context, job *tasks.Job, task *tasks.Task) (result []byte, ended bool, err error) {
-	info, err := f.inspector.GetTaskInfo(job.Queue, job.ID)
-	for ; err != nil; info, err = f.inspector.GetTaskInfo(job.Queue, job.ID) {
+// whySpent returns why a job's tries had no end, from its last error; "" if somebody
+// has put it back, and it is to be run.
+func (f *frame) whySpent(ctx context.Context, job *tasks.Job) (reason string, err error) {
+	for {
+		data, err := f.rdb.HGet(ctx, asynqkey.Task(job.Queue, job.ID), "msg").Bytes()
+		switch {
+		case errors.Is(err, redis.Nil):
+			return "", tasks.Permanent(errors.New("the job is not in Redis any more"))
+		case err == nil:
+			msg, err := parseMessage(data)
+			if err != nil {
+				return "", tasks.Permanent(err)
+			}
+			if !isUnended(msg.lastErr) {
+				return "", nil
+			}
+			reason, _, _ := strings.Cut(msg.lastErr, notLookedUp)
+			return reason, nil
+		}
 		select {
 		case <-ctx.Done():
-			return nil, false, postponed(fmt.Errorf("%s%s%w", crashed, notLookedUp, err))
-		case <-time.After(rescueEvery / 10):
+			return "", postponed(fmt.Errorf("%s%s%w", crashed, notLookedUp, err))
+		case <-time.After(ackPauseCap / 4):
 		}
 	}
-	reason, _, _ := strings.Cut(info.LastErr, notLookedUp)
-	if !isUnended(reason) {
-		return nil, false, nil
-	}
-	job.Attempt-- // this is none
-	if !task.Once {
-		return nil, false, giveUp(reason, job.Attempt)
-	}
-	if err = f.gate.wait(ctx); err == nil {
-		var done bool
-		result, done, err = tasks.LookDone(ctx, job)
-		if err == nil && done {
-			return result, true, nil
-		}
-		if err == nil {
-			return nil, false, giveUp(reason, job.Attempt)
-		}
-		if isRefusal(err) {
-			return nil, false, fmt.Errorf("%w%s%w", giveUp(reason, job.Attempt), notLookedUp, err)
-		}
-		f.note(err)
-	}
-	return nil, false, postponed(fmt.Errorf("%s%s%w", reason, notLookedUp, err))
 }
 
-// notLookedUp stands between the reason why a job is given up, which must be found
-// again by decideSpent, and why that could not be done.
+// unlessDone returns verdict, which is why the job isn't run, or the result if it has
+// been done before. If that can't be seen now the job is postponed.
+func (f *frame) unlessDone(ctx context.Context, job *tasks.Job, task *tasks.Task, verdict error) ([]byte, error) {
+	if !task.Once {
+		return nil, verdict
+	}
+	if err := f.gate.wait(ctx); err != nil {
+		return nil, postponed(fmt.Errorf("the database is away: %w", err))
+	}
+	result, done, err := tasks.LookDone(ctx, job)
+	switch {
+	case done:
+		return result, nil
+	case err == nil:
+		return nil, verdict
+	case isForGood(err):
+		return nil, fmt.Errorf("%w%s%w", verdict, notLookedUp, err)
+	case ctx.Err() == nil && !isRefusal(err) && !errors.Is(err, tasks.ErrOtherRun):
+		f.note(err)
+	}
+	return nil, postponed(err)
+}
+
+// notLookedUp stands between the reason why a job is given up, which the next delivery
+// must find again, and why that could not be done.
 const notLookedUp = "; whether it was done before could not be looked up: "
 
 // isOutage reports whether the job failed because the database was away. died:
@@ -321,11 +390,16 @@ func (f *frame) isOutage(ctx context.Context, err error, died, used bool) bool {
 	if died || dbpool.IsAway(err) || errors.Is(err, tasks.ErrNoAnswer) {
 		return true
 	}
-	if !used || !errors.Is(context.Cause(ctx), errTimeout) {
-		return false
-	}
+	// After a failover a server may take no writes; so may a transaction that the
+	// handler has made so.
+	e, ok := errors.AsType[*pgconn.PgError](err)
+	readOnly := ok && e.Code == "25006" // read_only_sql_transaction
 	// A statement that waits for a server that is silent ends with the job's time.
 	// asynq's is over soon too.
+	silent := used && errors.Is(context.Cause(ctx), errTimeout)
+	if !readOnly && !silent {
+		return false
+	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), tasks.TimeoutGrace/2)
 	defer cancel()
 	return f.gate.answers(ctx) != nil
@@ -350,7 +424,12 @@ func (f *frame) run(ctx context.Context, job *tasks.Job, task *tasks.Task, paylo
 		}()
 		result, err = task.Run(ctx, job, payload)
 		if err != nil {
-			_ = err.Error() // that of a nil pointer may panic, and it is the handler's
+			switch err.Error() { // that of a nil pointer may panic, and it is the handler's
+			case context.Canceled.Error(), context.DeadlineExceeded.Error():
+				if ctx.Err() == nil {
+					err = fmt.Errorf("the handler: %w", err) // by itself it is asynq's word
+				}
+			}
 		}
 		returned = true
 	}()
@@ -368,6 +447,27 @@ func explain(ctx context.Context, err error) error {
 	return fmt.Errorf("%w: %w", cause, err)
 }
 
+// speakable returns an error whose text asynq can send: one that is not UTF-8 it
+// can't, and the job would have no end. asynq.RevokeTask, for which it takes a job for
+// done, is a failure here.
+func speakable(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, asynq.RevokeTask):
+		return errors.New("the handler has returned asynq.RevokeTask, which is not for jobs of carpool: return nil or tasks.Permanent")
+	case !utf8.ValidString(err.Error()):
+		return &validError{err}
+	}
+	return err
+}
+
+// validError is an error whose text is made UTF-8.
+type validError struct{ error }
+
+func (e *validError) Error() string { return strings.ToValidUTF8(e.error.Error(), "?") }
+func (e *validError) Unwrap() error { return e.error }
+
 // outcome decides what becomes of the job, the way asynq will for the same
 // error.
 func (f *frame) outcome(ctx context.Context, job *tasks.Job, err error) string {
@@ -376,14 +476,18 @@ func (f *frame) outcome(ctx context.Context, job *tasks.Job, err error) string {
 		return outcomeDone
 	case errors.Is(context.Cause(ctx), errEnding):
 		return outcomeInterrupted // whatever the error is: it may come from the interruption
+	case errors.Is(err, asynq.ErrLeaseExpired):
+		return outcomeLost
 	case errors.Is(err, errCancelled):
 		return outcomeCancelled
+	case errors.Is(err, asynq.SkipRetry):
+		return outcomeArchived
 	case !isFailure(err):
 		if _, ok := tasks.SnoozeDelay(err); ok {
 			return outcomeSnoozed
 		}
 		return outcomePostponed
-	case errors.Is(err, asynq.SkipRetry), job.Attempt > job.MaxRetry:
+	case job.Attempt > job.MaxRetry:
 		return outcomeArchived
 	default:
 		return outcomeRetry
@@ -395,7 +499,7 @@ func (f *frame) outcome(ctx context.Context, job *tasks.Job, err error) string {
 func (f *frame) record(job *tasks.Job, outcome string, took time.Duration, usage dbpool.Usage, err error) {
 	level := slog.LevelDebug
 	switch outcome {
-	case outcomeRetry:
+	case outcomeRetry, outcomeLost:
 		level = slog.LevelWarn
 	case outcomeArchived:
 		level = slog.LevelError

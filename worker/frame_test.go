@@ -101,7 +101,7 @@ func (b *bundle) runFrameWith(t *testing.T, c frameConfig, register func(*tasks.
 	ending, end := context.WithCancelCause(context.Background())
 	gate := newGate(fr.db, c.hands, log)
 	t.Cleanup(gate.stop)
-	f := &frame{tasks: set, rdb: rdb, client: b.client, inspector: b.inspector, db: fr.db, gate: gate, acks: acks, log: log, ending: ending}
+	f := &frame{tasks: set, rdb: c.at.redis(t), client: b.client, inspector: b.inspector, db: fr.db, gate: gate, acks: acks, log: log, ending: ending}
 	s, err := startServers(rdb, config{
 		queues: c.queues, concurrency: c.hands, fetchers: min(2, c.hands), shutdownTimeout: time.Second,
 	}, f, "instance-of-"+t.Name(), end, discard())

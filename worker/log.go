@@ -68,8 +68,7 @@ func (l *asynqLog) Fatal(args ...any) { l.log.Error(fmt.Sprint(args...)) }
 
 func (l *asynqLog) Warn(args ...any) {
 	message := fmt.Sprint(args...)
-	raced := strings.HasPrefix(message, "recoverer: ") && strings.Contains(message, "NOT FOUND") // with another server's
-	if raced || strings.HasPrefix(message, "Retry exhausted for task") || strings.HasPrefix(message, "Quitting worker.") {
+	if strings.HasPrefix(message, "Retry exhausted for task") || strings.HasPrefix(message, "Quitting worker.") {
 		l.log.Debug(message)
 		return
 	}

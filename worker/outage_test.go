@@ -4,9 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net/url"
-	"regexp"
 	"runtime"
 	"strings"
 	"sync/atomic"
@@ -15,7 +13,6 @@ import (
 
 	"github.com/hibiken/asynq"
 	"github.com/jackc/pgx/v5"
-	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/internal/testservers"
 	"github.com/carpool-go/carpool/tasks"
@@ -188,310 +185,6 @@ func TestFrame_HandlerThatIgnoresItsContextIsReportedAndNotRunBesideItself(t *te
 
 func sleepLikeAStone() { time.Sleep(6 * time.Second) }
 
-func TestCancel_RunningJobStopsAndIsNotRunAgain(t *testing.T) {
-	t.Parallel()
-	for name, cancel := range map[string]func(f *framed, id string) error{
-		"by carpool": func(f *framed, id string) error { return f.client.Cancel(t.Context(), id) },
-		"in asynqmon": func(f *framed, id string) error {
-			// Its subscription may not be there yet.
-			for {
-				if err := f.inspector.CancelProcessing(id); err != nil {
-					return err
-				}
-				time.Sleep(100 * time.Millisecond)
-				if info, err := f.inspector.GetTaskInfo("default", id); err != nil || info.State == asynq.TaskStateArchived {
-					return err
-				}
-			}
-		},
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			var runs atomic.Int32
-			f := runFrame(t, func(ctx context.Context, _ *tasks.Job, _ probe) (string, error) {
-				runs.Add(1)
-				<-ctx.Done()
-				return "", ctx.Err()
-			})
-			info := f.enqueue(t, "x", &tasks.EnqueueOptions{UniqueKey: "k"})
-			eventually(t, "it runs", func() bool { return runs.Load() == 1 })
-			if err := cancel(f, info.ID); err != nil {
-				t.Fatal(err)
-			}
-			got, err := f.inspector.GetTaskInfo("default", info.ID)
-			if err != nil || got.State != asynq.TaskStateArchived {
-				t.Fatalf("it is %+v, error %v; want it archived", got, err)
-			}
-			if job := f.records(t, 1)[0]["job"].(map[string]any); job["outcome"] != outcomeCancelled {
-				t.Errorf("the record is %v", job)
-			}
-			if err := f.client.Cancel(t.Context(), info.ID); !errors.Is(err, tasks.ErrJobEnded) {
-				t.Errorf("cancelled again: %v", err)
-			}
-			if runs.Load() != 1 {
-				t.Errorf("it ran %d times", runs.Load())
-			}
-			f.enqueue(t, "its key is free", &tasks.EnqueueOptions{UniqueKey: "k"})
-		})
-	}
-}
-
-func TestCancel_JobThatSucceedsNeverthelessIsDoneAndKeepsItsResult(t *testing.T) {
-	t.Parallel()
-	for name, retention := range map[string]time.Duration{"retained": time.Hour, "not retained": 0} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			started := make(chan struct{})
-			f := runFrame(t, func(ctx context.Context, _ *tasks.Job, _ probe) (string, error) {
-				close(started)
-				<-ctx.Done()
-				return "result", nil // it was past the point of no return
-			})
-			info, err := asynq.NewClientFromRedisClient(f.redis(t)).EnqueueContext(t.Context(),
-				asynq.NewTask("probe", []byte(`{"word":"x"}`)), asynq.MaxRetry(5), asynq.Retention(retention))
-			if err != nil {
-				t.Fatal(err)
-			}
-			<-started
-			if err := f.client.Cancel(t.Context(), info.ID); err != nil {
-				t.Fatal(err)
-			}
-			got, err := f.inspector.GetTaskInfo("default", info.ID)
-			if retention == 0 {
-				if !errors.Is(err, asynq.ErrTaskNotFound) {
-					t.Errorf("%+v, %v; want it gone", got, err)
-				}
-				return
-			}
-			if err != nil || got.State != asynq.TaskStateCompleted || string(got.Result) != `"result"` || got.LastErr != "" ||
-				time.Since(got.CompletedAt) > time.Minute {
-				t.Errorf("%+v, %v; want it completed, with its result", got, err)
-			}
-		})
-	}
-}
-
-// asynq archives it by itself.
-func TestCancel_LastTryOfAJobOfOthersIsArchivedWithoutAWarning(t *testing.T) {
-	t.Parallel()
-	started := make(chan struct{})
-	f := runFrame(t, func(ctx context.Context, _ *tasks.Job, _ probe) (string, error) {
-		close(started)
-		<-ctx.Done()
-		return "", ctx.Err()
-	})
-	info := f.enqueueAsOthersDo(t)
-	<-started
-	if err := f.client.Cancel(t.Context(), info.ID); err != nil {
-		t.Fatal(err)
-	}
-	f.stop() // waits for what is put away
-	if strings.Contains(f.log.String(), "could not be put away") {
-		t.Error("there is a false warning")
-	}
-}
-
-// The handler needs longer than the shutdown timeout, as at a deploy.
-func TestCancel_WhileTheWorkerStopsLeavesNothingBehind(t *testing.T) {
-	t.Parallel()
-	started := make(chan struct{})
-	f := runFrame(t, func(ctx context.Context, _ *tasks.Job, _ probe) (string, error) {
-		close(started)
-		<-ctx.Done()
-		time.Sleep(2500 * time.Millisecond) // winds up; the shutdown timeout is 1 s
-		return "", ctx.Err()
-	})
-	info := f.enqueue(t, "x", nil)
-	<-started
-	cancelled := make(chan error)
-	go func() { cancelled <- f.client.Cancel(t.Context(), info.ID) }()
-	time.Sleep(300 * time.Millisecond)
-	f.stop()
-	if err := <-cancelled; err != nil {
-		t.Error(err)
-	}
-	if got, err := f.inspector.GetTaskInfo("default", info.ID); err != nil || got.State != asynq.TaskStateArchived {
-		t.Errorf("it is %+v, %v; want it archived", got, err)
-	}
-}
-
-func TestCancel_WaitingJobIsRemoved(t *testing.T) {
-	t.Parallel()
-	b := setup(t)
-	for name, opts := range map[string]*tasks.EnqueueOptions{
-		"pending":   {UniqueKey: "a"},
-		"scheduled": {UniqueKey: "b", RunAt: time.Now().Add(time.Hour)},
-	} {
-		info, err := b.client.Enqueue(t.Context(), probe{name}, opts)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := b.client.Cancel(t.Context(), info.ID); err != nil {
-			t.Errorf("%s: %v", name, err)
-		}
-		if _, err := b.inspector.GetTaskInfo("default", info.ID); !errors.Is(err, asynq.ErrTaskNotFound) {
-			t.Errorf("%s: it is still there: %v", name, err)
-		}
-		if _, err := b.client.Enqueue(t.Context(), probe{name}, opts); err != nil {
-			t.Errorf("%s: its key is not free: %v", name, err)
-		}
-	}
-	if err := b.client.Cancel(t.Context(), "nobody"); !errors.Is(err, tasks.ErrNoSuchJob) {
-		t.Errorf("an unknown id: %v", err)
-	}
-}
-
-func TestAck_ArrivesAlthoughRedisIsAwayWhenTheJobEnds(t *testing.T) {
-	t.Parallel()
-	for name, fault := range map[string]func(*testservers.Proxy){
-		"refused":         func(p *testservers.Proxy) { p.Refuse(); p.Reset() },
-		"does not answer": (*testservers.Proxy).Blackhole,
-	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			b := setup(t)
-			at, _, proxy := b.behindProxies(t)
-			var runs atomic.Int32
-			ended := make(chan struct{}, 10)
-			f := b.runFrame(t, at, func(s *tasks.Set) {
-				// A handler without a result, which would be written first.
-				tasks.Register(s, func(context.Context, *tasks.Job, probe) (any, error) {
-					runs.Add(1)
-					fault(proxy)
-					ended <- struct{}{}
-					return nil, nil
-				})
-			})
-			// asynq waits without an end for the answer to its subscription, and can't
-			// be shut down meanwhile.
-			rdb := b.redis(t)
-			db, err := url.Parse(b.redisURL)
-			if err != nil {
-				t.Fatal(err)
-			}
-			eventually(t, "the three servers have subscribed", func() bool {
-				clients := rdb.ClientList(t.Context()).Val()
-				return len(regexp.MustCompile(` db=`+strings.Trim(db.Path, "/")+` sub=1 `).FindAllString(clients, -1)) == 3
-			})
-			info := f.enqueue(t, "x", nil)
-			<-ended
-			f.records(t, 1)
-			time.Sleep(5 * time.Second) // longer than asynq and go-redis alone go on trying
-			proxy.Heal()
-			if _, err := f.wait(t, info); err != nil {
-				t.Error(err)
-			}
-			if n := runs.Load(); n != 1 {
-				t.Errorf("it ran %d times", n)
-			}
-		})
-	}
-}
-
-// losing is a Redis whose answer is lost once, or the question.
-type losing struct {
-	lost     *atomic.Bool
-	is       func(ctx context.Context, cmd redis.Cmder) bool // what is lost; asked when it has been answered
-	question bool
-	after    func() // called before the loss is noticed
-}
-
-func (losing) DialHook(next redis.DialHook) redis.DialHook { return next }
-func (losing) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
-	return next
-}
-
-func (l losing) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
-	return func(ctx context.Context, cmd redis.Cmder) error {
-		if !l.question {
-			if err := next(ctx, cmd); err != nil {
-				return err
-			}
-		}
-		if l.is(ctx, cmd) && l.lost.CompareAndSwap(false, true) {
-			if l.after != nil {
-				l.after()
-			}
-			cmd.SetErr(io.ErrUnexpectedEOF)
-			return io.ErrUnexpectedEOF
-		}
-		if l.question {
-			return next(ctx, cmd)
-		}
-		return nil
-	}
-}
-
-func ackTo(list string) func(context.Context, redis.Cmder) bool {
-	return func(ctx context.Context, cmd redis.Cmder) bool {
-		return isAck(ctx, cmd) && strings.Contains(fmt.Sprint(cmd.Args()...), "}:"+list)
-	}
-}
-
-// Meanwhile the job runs elsewhere.
-func TestAck_ThatArrivedIsNotSaidAgain(t *testing.T) {
-	t.Parallel()
-	b := setup(t)
-	var runs, atOnce, most atomic.Int32
-	again := make(chan struct{})
-	register := func(s *tasks.Set) {
-		tasks.Register(s, func(context.Context, *tasks.Job, probe) (any, error) {
-			if runs.Add(1) == 1 {
-				return nil, tasks.RetryAfter(time.Millisecond, errors.New("not today"))
-			}
-			close(again)
-			most.Store(max(most.Load(), atOnce.Add(1)))
-			time.Sleep(5 * time.Second)
-			atOnce.Add(-1)
-			return nil, nil
-		})
-	}
-	var lost atomic.Bool
-	b.runFrameWith(t, frameConfig{hands: 1, hook: losing{lost: &lost, is: ackTo("retry"), after: func() { <-again }}}, register)
-	info, err := b.client.Enqueue(t.Context(), probe{"x"}, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	eventually(t, "it has failed", lost.Load)
-	b.runFrame(t, b, register)
-	if _, err := b.wait(t, info); err != nil {
-		t.Error(err)
-	}
-	time.Sleep(2 * time.Second)
-	if runs.Load() != 2 || most.Load() != 1 {
-		t.Errorf("%d runs, %d at once", runs.Load(), most.Load())
-	}
-}
-
-// It is pushed back at the end of the worker.
-func TestAck_OfAJobThatIsPushedBackIsSettledByLooking(t *testing.T) {
-	t.Parallel()
-	for name, arrives := range map[string]bool{"arrived": true, "did not arrive": false} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			b := setup(t)
-			var lost atomic.Bool
-			started := make(chan struct{})
-			f := b.runFrameWith(t, frameConfig{hook: losing{lost: &lost, is: ackTo("pending"), question: !arrives}}, func(s *tasks.Set) {
-				tasks.Register(s, func(ctx context.Context, _ *tasks.Job, _ probe) (any, error) {
-					close(started)
-					<-ctx.Done()
-					return nil, ctx.Err()
-				})
-			})
-			info := f.enqueue(t, "x", nil)
-			<-started
-			f.stop()
-			if !lost.Load() {
-				t.Error("no answer was lost")
-			}
-			if got, err := f.inspector.GetTaskInfo("default", info.ID); err != nil || got.State != asynq.TaskStatePending || got.Retried != 0 {
-				t.Errorf("it is %+v, %v; want it pending", got, err)
-			}
-		})
-	}
-}
-
 func TestFrame_KindThatANewerWorkerKnowsIsLeftToIt(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -557,5 +250,67 @@ func TestFrame_LastTryOfAJobOfOthersMaySnoozeAndThenFail(t *testing.T) {
 	}
 	if !lost.Load() {
 		t.Error("no answer was lost")
+	}
+}
+
+// As after a failover.
+func TestFrame_JobsWaitWhileTheDatabaseTakesNoWrites(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	u, err := url.Parse(b.databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	database := pgx.Identifier{strings.Trim(u.Path, "/")}.Sanitize()
+	b.exec(t, "CREATE TABLE effects (word text)")
+	b.exec(t, "ALTER DATABASE "+database+" SET default_transaction_read_only = on")
+	f := b.runFrame(t, b, func(s *tasks.Set) {
+		tasks.Register(s, func(ctx context.Context, job *tasks.Job, p probe) (any, error) {
+			_, err := job.DB.Exec(ctx, "INSERT INTO effects VALUES ($1)", p.Word)
+			return nil, err
+		})
+		tasks.RegisterTx(s, func(ctx context.Context, _ *tasks.Job, tx pgx.Tx, p otherProbe) (any, error) {
+			_, err := tx.Exec(ctx, "INSERT INTO effects VALUES ($1)", p.Word)
+			return nil, err
+		})
+	})
+	var waiting []*asynq.TaskInfo
+	for range 4 {
+		waiting = append(waiting, f.enqueue(t, "x", &tasks.EnqueueOptions{MaxRetry: tasks.NoRetry}))
+		info, err := f.client.Enqueue(t.Context(), otherProbe{probe{"x"}}, &tasks.EnqueueOptions{MaxRetry: tasks.NoRetry})
+		if err != nil {
+			t.Fatal(err)
+		}
+		waiting = append(waiting, info)
+	}
+	f.log.wait(t, "the database is away")
+	conn, err := pgx.Connect(t.Context(), b.databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.Background())
+	for _, sql := range []string{
+		"SET default_transaction_read_only = off",
+		"ALTER DATABASE " + database + " RESET default_transaction_read_only",
+		"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()",
+	} {
+		if _, err := conn.Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, info := range waiting {
+		if _, err := f.wait(t, info); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// A worker that slept beyond its lease.
+func TestFrame_RunThatHasLostItsLeaseEndsNothing(t *testing.T) {
+	t.Parallel()
+	f := &frame{}
+	job := &tasks.Job{Attempt: 4, MaxRetry: 3}
+	if outcome := f.outcome(t.Context(), job, asynq.ErrLeaseExpired); outcome != outcomeLost {
+		t.Errorf("the outcome is %s", outcome)
 	}
 }

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"slices"
@@ -22,7 +21,8 @@ import (
 // own clock as well: asynq ends the run of a worker that finds its lease over.
 // asynq's own recoverer does the same a minute or two after the worker's death; it
 // allows for clocks that differ, where rescue only watches how long nothing
-// happens by its own, and it never finds a job that is active without a lease.
+// happens by its own, it never finds a job that is active without a lease, and it
+// counts a try for a job that has not begun. ackHook keeps it from finding any.
 // (Upstream, the recoverer's interval and its allowance would be settings.)
 type rescue struct {
 	rdb    redis.UniversalClient
@@ -32,16 +32,16 @@ type rescue struct {
 
 	seen   map[string]lease     // of active jobs, by queue and id
 	looked time.Time            // when seen was seen
-	warned map[string]time.Time // by queue: when its archive was last said to be nearly full
+	warned map[string]time.Time // when it was last warned: of a queue's archive that is nearly full, of a job
 	cancel context.CancelFunc
 	done   sync.WaitGroup
 }
 
 // lease is what was seen of an active job's lease.
 type lease struct {
-	until    string        // as Redis has it; "" for none
-	still    time.Duration // how long it has been seen to stay the same
-	extended bool          // it has been seen to change: the job was with a worker
+	until string        // as Redis has it; "" for none
+	still time.Duration // how long it has been seen to stay the same
+	was   time.Time     // when it was last seen to be another
 }
 
 const (
@@ -116,11 +116,14 @@ func (r *rescue) look(ctx context.Context, queue string, passed time.Duration, f
 	for _, id := range active.Val() {
 		key := queue + " " + id
 		now := lease{until: until[id]}
-		if was, ok := r.seen[key]; ok {
-			now.extended = was.extended || was.until != now.until
-			if was.until == now.until {
-				now.still = was.still + passed
+		if before, ok := r.seen[key]; ok {
+			now.was = r.looked
+			if before.until == now.until {
+				now.was, now.still = before.was, before.still+passed
 			}
+		}
+		if isLongOver(now.until) {
+			now.still = r.still
 		}
 		found[key] = now
 		if now.still < r.still {
@@ -138,6 +141,14 @@ func (r *rescue) look(ctx context.Context, queue string, passed time.Duration, f
 	return nil
 }
 
+// isLongOver reports whether a lease ended so long ago that clocks which differ don't
+// matter; asynq's recoverer allows for as much. Nobody watched it stand still, as no
+// worker was there.
+func isLongOver(until string) bool {
+	seconds, err := strconv.ParseFloat(until, 64)
+	return err == nil && time.Since(time.Unix(int64(seconds), 0)) > leaseStill
+}
+
 // giveBackScript moves a job from active to retry, due at once, if its lease is
 // still the one that was seen.
 var giveBackScript = redis.NewScript(`
@@ -145,44 +156,57 @@ local lease = redis.call("ZSCORE", KEYS[2], ARGV[1]) or ""
 if lease ~= ARGV[2] and tonumber(lease) ~= tonumber(ARGV[2]) then return 0 end
 if redis.call("LREM", KEYS[1], 0, ARGV[1]) == 0 then return 0 end
 redis.call("ZREM", KEYS[2], ARGV[1])
-redis.call("HSET", KEYS[4], "msg", ARGV[4], "state", "retry")
+redis.call("HSET", KEYS[4], "msg", ARGV[4], "state", "retry", "` + freeField + `", ARGV[5])
 redis.call("ZADD", KEYS[3], ARGV[3], ARGV[1])
 return 1`)
 
 // unfetched is the last error of a job that was given back without a sign that
 // it had begun.
-const unfetched = "the answer to its fetch was lost, or its worker died within seconds"
+const unfetched = "the answer to its fetch was lost, or its worker died before another one saw it run"
+
+// freeField is the field of a job's hash that counts how often it was given back
+// without using up a try.
+const freeField = "carpool_unfetched"
 
 // giveBack gives a job back, and returns why; "" if its worker was faster.
 //
 // That uses up a try, or a job that kills its workers would go on doing so. But a
 // job whose lease was never extended has most likely not begun: one lost answer of
-// Redis leaves it so. Once in a row that costs nothing.
+// Redis leaves it so. That costs nothing, once, and once more for each try.
 func (r *rescue) giveBack(ctx context.Context, queue, id string, seen lease) (why string, err error) {
-	data, err := r.rdb.HGet(ctx, asynqkey.Task(queue, id), "msg").Bytes()
-	if errors.Is(err, redis.Nil) { // an id without its job
+	hash, err := r.rdb.HMGet(ctx, asynqkey.Task(queue, id), "msg", freeField).Result()
+	if err != nil {
+		return "", fmt.Errorf("read job %s: %w", id, err)
+	}
+	data, ok := hash[0].(string)
+	if !ok { // an id without its job
 		pipe := r.rdb.Pipeline()
 		pipe.LRem(ctx, asynqkey.List(queue, "active"), 0, id)
 		pipe.ZRem(ctx, asynqkey.List(queue, "lease"), id)
 		_, err := pipe.Exec(ctx)
 		return "", err
 	}
+	msg, err := parseMessage([]byte(data))
 	if err != nil {
-		return "", fmt.Errorf("read job %s: %w", id, err)
+		if key := queue + " " + id; time.Since(r.warned[key]) > time.Hour {
+			r.warned[key] = time.Now()
+			r.log.Warn("a job can't be given back", slog.Group("job", "id", id, "queue", queue), "error", err)
+		}
+		return "", nil
 	}
-	msg, err := parseMessage(data)
-	if err != nil {
-		return "", err
-	}
-	if seen.extended || msg.lastErr == unfetched || isUnended(msg.lastErr) {
+	free, _ := hash[1].(string)
+	passes, _ := strconv.Atoi(free)
+	extended := !seen.was.IsZero() && seen.was.Unix() > msg.lastFailedAt // by this delivery's worker
+	if extended || passes > msg.retried || isUnended(msg.lastErr) {
 		msg.retried++
 		msg.lastErr = crashed
 	} else {
+		passes++
 		msg.lastErr = unfetched
 	}
 	msg.lastFailedAt = time.Now().Unix()
 	keys := []string{asynqkey.List(queue, "active"), asynqkey.List(queue, "lease"), asynqkey.List(queue, "retry"), asynqkey.Task(queue, id)}
-	moved, err := giveBackScript.Run(ctx, r.rdb, keys, id, seen.until, msg.lastFailedAt, msg.encode()).Int()
+	moved, err := giveBackScript.Run(ctx, r.rdb, keys, id, seen.until, msg.lastFailedAt, msg.encode(), passes).Int()
 	if err != nil || moved == 0 {
 		return "", err
 	}

@@ -34,20 +34,10 @@ func loses(t *testing.T, rdb redis.UniversalClient, info *asynq.TaskInfo) {
 }
 
 // dies does to Redis what a worker does that fetches the job and dies, so that it
-// counts: an earlier fetch was lost already.
+// counts: it had its free passes.
 func dies(t *testing.T, rdb redis.UniversalClient, info *asynq.TaskInfo) {
 	t.Helper()
-	key := asynqkey.Task(info.Queue, info.ID)
-	data, err := rdb.HGet(t.Context(), key, "msg").Bytes()
-	if err != nil {
-		t.Fatal(err)
-	}
-	msg, err := parseMessage(data)
-	if err != nil {
-		t.Fatal(err)
-	}
-	msg.lastErr = unfetched
-	if err := rdb.HSet(t.Context(), key, "msg", msg.encode()).Err(); err != nil {
+	if err := rdb.HSet(t.Context(), asynqkey.Task(info.Queue, info.ID), freeField, 1000).Err(); err != nil {
 		t.Fatal(err)
 	}
 	loses(t, rdb, info)
@@ -66,6 +56,10 @@ func TestRescue_JobOfADeadWorkerIsRunAgainAndItsTryIsCounted(t *testing.T) {
 		}, 2},
 		"its fetch was lost before":             {dies, 2},
 		"it has not begun, for all one can see": {loses, 1},
+		"nobody was there for a minute": {func(t *testing.T, rdb redis.UniversalClient, info *asynq.TaskInfo) {
+			loses(t, rdb, info)
+			rdb.ZAdd(t.Context(), asynqkey.List("default", "lease"), redis.Z{Score: float64(time.Now().Add(-70 * time.Second).Unix()), Member: info.ID})
+		}, 1},
 		"it has no lease": {func(t *testing.T, rdb redis.UniversalClient, info *asynq.TaskInfo) {
 			loses(t, rdb, info)
 			rdb.ZRem(t.Context(), asynqkey.List("default", "lease"), info.ID)
@@ -93,6 +87,64 @@ func TestRescue_JobOfADeadWorkerIsRunAgainAndItsTryIsCounted(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A job may be put off between two deaths of its workers.
+func TestRescue_AJobIsGivenBackForNothingOnceForEachTry(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	rdb := b.redis(t)
+	r := startRescue(rdb, []string{"default"}, time.Second, discard())
+	defer r.stop()
+	info, err := b.client.Enqueue(t.Context(), probe{"x"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []int{0, 1, 1, 2} {
+		loses(t, rdb, info)
+		var got *asynq.TaskInfo
+		eventually(t, "it is given back", func() bool {
+			got, err = b.inspector.GetTaskInfo("default", info.ID)
+			return err == nil && got.State == asynq.TaskStateRetry
+		})
+		if got.Retried != want {
+			t.Errorf("%d tries are used up, want %d", got.Retried, want)
+		}
+		key := asynqkey.Task("default", info.ID)
+		msg, err := parseMessage([]byte(rdb.HGet(t.Context(), key, "msg").Val()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		msg.lastErr = "snoozed for 1s" // as if it had been delivered, and put off
+		rdb.HSet(t.Context(), key, "msg", msg.encode())
+		if err := b.inspector.RunTask("default", info.ID); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestRescue_GoesOnBehindAJobThatCanNotBeRead(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	rdb := b.redis(t)
+	var jobs []*asynq.TaskInfo
+	for _, queue := range []string{"a", "b"} {
+		info, err := b.client.Enqueue(t.Context(), probe{"x"}, &tasks.EnqueueOptions{Queue: queue})
+		if err != nil {
+			t.Fatal(err)
+		}
+		loses(t, rdb, info)
+		jobs = append(jobs, info)
+	}
+	rdb.HSet(t.Context(), asynqkey.Task("a", jobs[0].ID), "msg", "\xff\xff")
+	log := newLogBuffer()
+	r := startRescue(rdb, []string{"a", "b"}, time.Second, slog.New(slog.NewJSONHandler(log, nil)))
+	defer r.stop()
+	eventually(t, "the other is given back", func() bool {
+		got, err := b.inspector.GetTaskInfo("b", jobs[1].ID)
+		return err == nil && got.State == asynq.TaskStateRetry
+	})
+	log.wait(t, "a job can't be given back")
 }
 
 func TestRescue_AnOutageOfRedisDoesNotCountAndAHiccupCostsLittle(t *testing.T) {

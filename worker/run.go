@@ -149,8 +149,19 @@ func (r *runCmd) work(ctx context.Context, cfg config, set *tasks.Set, log *slog
 		return err
 	}
 	defer relay.stop()
-	rescue := startRescue(rdb, sortedNames(cfg.queues), leaseStill, log)
+	rescue := startRescue(rdb, append(sortedNames(cfg.queues), queue), leaseStill, log)
 	defer rescue.stop()
+
+	if !r.Burst {
+		clock, err := scheduler.Start(scheduler.Config{
+			DB: db, Tasks: set, Redis: rdb, Entries: entries(),
+			Client: client, Queue: queue, ValidateEvery: cfg.validateEvery, Log: log,
+		})
+		if err != nil {
+			return err
+		}
+		defer clock.Stop()
+	}
 
 	serversRedis, err := tasks.OpenRedis(cfg.redisURL)
 	if err != nil {
@@ -170,17 +181,8 @@ func (r *runCmd) work(ctx context.Context, cfg config, set *tasks.Set, log *slog
 	if r.Burst {
 		untilIdle(ctx, relay, inspector, cfg.queues, f, log)
 	} else {
-		clock, err := scheduler.Start(scheduler.Config{
-			DB: db, Tasks: set, Redis: rdb, Entries: entries(),
-			Client: client, Queue: queue, ValidateEvery: cfg.validateEvery, Log: log,
-		})
-		if err != nil {
-			return err
-		}
-		defer clock.Stop()
 		<-ctx.Done()
 	}
-	servers.stopFetching() // before what else there is to stop takes its time
 	return nil
 }
 
