@@ -256,6 +256,17 @@ func (c *Client) ended(l uniqueLock) (bool, error) {
 	return info.State == asynq.TaskStateCompleted || info.State == asynq.TaskStateArchived, nil
 }
 
+// RetakeUnique takes the unique key again that a job with these headers held, if it
+// held one, when the job is put back after it had ended. The error is a
+// [DuplicateError] if another job holds it by now, or Redis'.
+func (c *Client) RetakeUnique(ctx context.Context, queue, id string, headers map[string]string) error {
+	key := headers[uniqueHeader]
+	if key == "" {
+		return nil
+	}
+	return c.takeUnique(ctx, uniqueLock{key: key, id: id, queue: queue, since: time.Now()}, &EnqueueOptions{UniqueKey: key})
+}
+
 // ReleaseUnique gives up the unique key that a job with these headers holds, if
 // it holds one. The worker calls it when the job has ended.
 func (c *Client) ReleaseUnique(ctx context.Context, id string, headers map[string]string) error {

@@ -18,6 +18,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/internal/asynqkey"
+	"github.com/carpool-go/carpool/tasks"
 )
 
 // archiveCmd is what there is to do with jobs that were given up.
@@ -261,13 +262,17 @@ func (s archiveSelection) change(done string, do func(*archive, context.Context,
 			if errors.Is(err, asynq.ErrTaskNotFound) {
 				continue // somebody else was faster
 			}
+			if duplicate, ok := errors.AsType[*tasks.DuplicateError](err); ok {
+				fmt.Fprintf(os.Stderr, "%s %s stays: job %s holds its unique key by now\n", job.ID, job.Type, duplicate.ID)
+				continue
+			}
 			if err != nil {
 				return fmt.Errorf("job %s: %w (%d of %d jobs were %s)", job.ID, err, n, len(jobs), done)
 			}
 			fmt.Printf("%s %s %s\n", job.ID, job.Type, done)
 			n++
 		}
-		if n == 0 {
+		if len(jobs) == 0 {
 			fmt.Fprintln(os.Stderr, "no job of the archive fits; nothing was changed")
 		}
 		return nil
@@ -295,6 +300,9 @@ func (a *archive) retry(ctx context.Context, job *asynq.TaskInfo) error {
 	}
 	msg, err := parseMessage(data)
 	if err != nil {
+		return err
+	}
+	if err := tasks.NewClient(a.rdb).RetakeUnique(ctx, job.Queue, job.ID, job.Headers); err != nil {
 		return err
 	}
 	msg.retried = 0

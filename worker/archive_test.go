@@ -97,3 +97,39 @@ func TestArchive_ShowsWhatIsThereAndWhyAndPutsItBackOrDeletesIt(t *testing.T) {
 		return err != nil || info.State != asynq.TaskStatePending
 	})
 }
+
+func TestArchive_JobThatIsPutBackHasItsUniqueKeyAgainOrStays(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	a := &archive{b.redis(t), b.inspector}
+	opts := &tasks.EnqueueOptions{UniqueKey: "k"}
+	first, err := b.client.Enqueue(t.Context(), probe{"first"}, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := b.inspector.ArchiveTask("default", first.ID); err != nil {
+		t.Fatal(err)
+	}
+	second, err := b.client.Enqueue(t.Context(), probe{"second"}, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	first, err = b.inspector.GetTaskInfo("default", first.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = a.retry(t.Context(), first)
+	if duplicate, ok := errors.AsType[*tasks.DuplicateError](err); !ok || duplicate.ID != second.ID {
+		t.Errorf("error %v, want that the second holds the key", err)
+	}
+	if err := b.client.Cancel(t.Context(), second.ID); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.retry(t.Context(), first); err != nil {
+		t.Error(err)
+	}
+	_, err = b.client.Enqueue(t.Context(), probe{"third"}, opts)
+	if duplicate, ok := errors.AsType[*tasks.DuplicateError](err); !ok || duplicate.ID != first.ID {
+		t.Errorf("error %v, want that the first holds the key again", err)
+	}
+}
