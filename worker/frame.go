@@ -286,7 +286,9 @@ func (f *frame) attemptWith(ctx context.Context, job *tasks.Job, reason string, 
 		if busy := f.note(err); busy {
 			return nil, postponed(err)
 		}
-		if !errors.Is(err, tasks.ErrNotBegun) && f.gate.blame(job.ID) > maxOutages {
+		if errors.Is(err, tasks.ErrNotBegun) {
+			time.Sleep(rand.N(probeEvery)) // nothing of the job has run: it is not to blame, and may go on for long
+		} else if f.gate.blame(job.ID) > maxOutages {
 			f.gate.forgive(job.ID)
 			return nil, fmt.Errorf("the database went away %d times in a row while this job ran: %w", maxOutages+1, err)
 		}
