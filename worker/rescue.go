@@ -48,6 +48,8 @@ const (
 	rescueEvery = 3 * time.Second
 	// leaseStill is asynq's lease and a little more.
 	leaseStill = 32 * time.Second
+	// overStill is a heartbeat and a little more.
+	overStill = 7 * time.Second
 )
 
 func startRescue(rdb redis.UniversalClient, queues []string, still time.Duration, log *slog.Logger) *rescue {
@@ -122,8 +124,8 @@ func (r *rescue) look(ctx context.Context, queue string, passed time.Duration, f
 				now.was, now.still = before.was, before.still+passed
 			}
 		}
-		if isLongOver(now.until) {
-			now.still = r.still
+		if isLongOver(now.until) && now.still > overStill {
+			now.still = r.still // no worker was there to watch it for longer
 		}
 		found[key] = now
 		if now.still < r.still {
@@ -141,9 +143,8 @@ func (r *rescue) look(ctx context.Context, queue string, passed time.Duration, f
 	return nil
 }
 
-// isLongOver reports whether a lease ended so long ago that clocks which differ don't
-// matter; asynq's recoverer allows for as much. Nobody watched it stand still, as no
-// worker was there.
+// isLongOver reports whether a lease ended so long ago, by this clock, as asynq's
+// recoverer allows for clocks that differ.
 func isLongOver(until string) bool {
 	seconds, err := strconv.ParseFloat(until, 64)
 	return err == nil && time.Since(time.Unix(int64(seconds), 0)) > leaseStill
