@@ -248,7 +248,8 @@ func (h *ackHook) look(ctx context.Context, next redis.ProcessHook, a ack) (arri
 	if job.Val()[1] != "active" {
 		return true, nil
 	}
-	if a.message != nil && isNewer([]byte(stored), a.message) {
+	// The message says when the job failed last: before this arrived it was another.
+	if a.message != nil && (stored == string(a.message) || isNewer([]byte(stored), a.message)) {
 		return true, nil
 	}
 	lease := redis.NewFloatCmd(ctx, "zscore", a.lease, a.id)

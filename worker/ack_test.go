@@ -70,7 +70,7 @@ type losing struct {
 	lost     *atomic.Bool
 	is       func(ctx context.Context, cmd redis.Cmder) bool // what is lost; asked when it has been answered
 	question bool
-	after    func() // called before the loss is noticed
+	after    func(ctx context.Context) // called before the loss is noticed
 }
 
 func (losing) DialHook(next redis.DialHook) redis.DialHook { return next }
@@ -87,7 +87,7 @@ func (l losing) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
 		}
 		if l.is(ctx, cmd) && l.lost.CompareAndSwap(false, true) {
 			if l.after != nil {
-				l.after()
+				l.after(ctx)
 			}
 			cmd.SetErr(io.ErrUnexpectedEOF)
 			return io.ErrUnexpectedEOF
@@ -108,19 +108,27 @@ func ackTo(list string) func(context.Context, redis.Cmder) bool {
 // Meanwhile the job runs elsewhere, and may have failed there.
 func TestAck_ThatArrivedIsNotSaidAgain(t *testing.T) {
 	t.Parallel()
-	for name, failures := range map[string]int32{"for the second time": 1, "for the third time": 2} {
+	for name, c := range map[string]struct {
+		failures   int32
+		sameSecond bool
+	}{
+		"for the second time": {failures: 1},
+		"for the third time":  {failures: 2},
+		"for the second time, with a lease of the same second": {failures: 1, sameSecond: true},
+	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			b := setup(t)
+			rdb := b.redis(t)
 			var runs, atOnce, most atomic.Int32
 			again := make(chan struct{})
 			register := func(s *tasks.Set) {
 				tasks.Register(s, func(context.Context, *tasks.Job, probe) (any, error) {
 					n := runs.Add(1)
-					if n <= failures {
+					if n <= c.failures {
 						return nil, tasks.RetryAfter(time.Millisecond, errors.New("not today"))
 					}
-					if n == failures+1 {
+					if n == c.failures+1 {
 						close(again)
 					}
 					most.Store(max(most.Load(), atOnce.Add(1)))
@@ -130,7 +138,15 @@ func TestAck_ThatArrivedIsNotSaidAgain(t *testing.T) {
 				})
 			}
 			var lost atomic.Bool
-			b.runFrameWith(t, frameConfig{hands: 1, hook: losing{lost: &lost, is: ackTo("retry"), after: func() { <-again }}}, register)
+			b.runFrameWith(t, frameConfig{hands: 1, hook: losing{lost: &lost, is: ackTo("retry"), after: func(ctx context.Context) {
+				<-again
+				if until, _ := ctx.Deadline(); c.sameSecond {
+					lease := asynqkey.List("default", "lease")
+					for _, id := range rdb.ZRange(ctx, lease, 0, -1).Val() {
+						rdb.ZAdd(ctx, lease, redis.Z{Score: float64(until.Unix()), Member: id})
+					}
+				}
+			}}}, register)
 			info, err := b.client.Enqueue(t.Context(), probe{"x"}, nil)
 			if err != nil {
 				t.Fatal(err)
@@ -141,7 +157,7 @@ func TestAck_ThatArrivedIsNotSaidAgain(t *testing.T) {
 				t.Error(err)
 			}
 			time.Sleep(2 * time.Second)
-			if runs.Load() != failures+1 || most.Load() != 1 {
+			if runs.Load() != c.failures+1 || most.Load() != 1 {
 				t.Errorf("%d runs, %d at once", runs.Load(), most.Load())
 			}
 		})
