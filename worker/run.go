@@ -16,6 +16,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/hibiken/asynq"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/dbpool"
@@ -230,7 +231,7 @@ type server struct {
 }
 
 // waitFor waits until every server's check passes, in turn. A deploy starts
-// things in any order.
+// things in any order. It doesn't wait for one that refuses the user.
 func waitFor(ctx context.Context, timeout time.Duration, log *slog.Logger, servers ...server) error {
 	giveUp := time.Now().Add(timeout)
 	for _, s := range servers {
@@ -240,6 +241,9 @@ func waitFor(ctx context.Context, timeout time.Duration, log *slog.Logger, serve
 			cancel()
 			if err == nil {
 				break
+			}
+			if keepsOut(err) {
+				return fmt.Errorf("%s: the server refuses this user or password: %w", s.variable, err)
 			}
 			left := time.Until(giveUp)
 			if left <= 0 {
@@ -254,6 +258,14 @@ func waitFor(ctx context.Context, timeout time.Duration, log *slog.Logger, serve
 		}
 	}
 	return nil
+}
+
+// keepsOut reports whether a server lets this user, or this password, not in.
+func keepsOut(err error) bool {
+	if e, ok := errors.AsType[*pgconn.PgError](err); ok {
+		return e.Code == "28P01" || e.Code == "28000" // invalid password, invalid authorization
+	}
+	return redis.HasErrorPrefix(err, "WRONGPASS") || redis.HasErrorPrefix(err, "NOAUTH")
 }
 
 // warnOfEviction says so if Redis is set to drop keys when its memory is full:

@@ -177,6 +177,28 @@ func TestRun_GivesUpWhenTheStartupTimeoutIsOver(t *testing.T) {
 	}
 }
 
+func TestRun_DoesNotWaitForAServerThatRefusesItsPassword(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	for _, variable := range []string{"DATABASE_URL", "REDIS_URL"} {
+		right := map[string]string{"DATABASE_URL": b.databaseURL, "REDIS_URL": b.redisURL}[variable]
+		wrong, err := url.Parse(right)
+		if err != nil {
+			t.Fatal(err)
+		}
+		user := wrong.User.Username()
+		if user == "" {
+			user = "default"
+		}
+		wrong.User = url.UserPassword(user, "hush")
+		_, stderr, code := run(t, b.worker(t, []string{variable + "=" + wrong.String()}))
+		want := variable + ": the server refuses this user or password: "
+		if code != exitFailed || !strings.Contains(stderr, want) || strings.Contains(stderr, "waiting for") || strings.Contains(stderr, "hush") {
+			t.Errorf("exit code %d, want %d and %q at once\n%s", code, exitFailed, want, stderr)
+		}
+	}
+}
+
 func TestRun_SaysThatMigrationsAreMissing(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
