@@ -297,29 +297,39 @@ var ErrJobFailed = errors.New("job failed")
 // waitEvery is how often Wait looks. asynq announces nothing when a job ends.
 const waitEvery = 50 * time.Millisecond
 
+// waitThrough is how long Redis may fail to answer while Wait waits: for a
+// restart or a failover.
+const waitThrough = 30 * time.Second
+
 // Wait waits until a job has ended and returns its result as JSON, nil if it
 // has none or was not retained. An archived job is an error that wraps
 // [ErrJobFailed] and holds the reason. progress, if not nil, is called with the
-// job's state and its result so far whenever they change.
+// job's state and its result so far whenever they change. A Redis that has not
+// answered for 30 s is an error.
 func (c *Client) Wait(ctx context.Context, queue, id string, progress func(state asynq.TaskState, result []byte)) ([]byte, error) {
 	tick := time.NewTicker(waitEvery)
 	defer tick.Stop()
 	var last string
+	answered := time.Now()
 	for {
 		info, err := c.inspector.GetTaskInfo(queue, id)
 		switch {
 		case errors.Is(err, asynq.ErrTaskNotFound):
 			return nil, nil // done, and not retained
-		case err != nil:
+		case errors.Is(err, asynq.ErrQueueNotFound), err != nil && time.Since(answered) > waitThrough:
 			return nil, fmt.Errorf("tasks: wait for job %s: %w", id, err)
+		case err != nil:
 		case info.State == asynq.TaskStateCompleted:
 			return info.Result, nil
 		case info.State == asynq.TaskStateArchived:
 			return nil, fmt.Errorf("%w: %s", ErrJobFailed, info.LastErr)
 		}
-		if now := info.State.String() + string(info.Result); progress != nil && now != last {
-			progress(info.State, info.Result)
-			last = now
+		if err == nil {
+			answered = time.Now()
+			if now := info.State.String() + string(info.Result); progress != nil && now != last {
+				progress(info.State, info.Result)
+				last = now
+			}
 		}
 		select {
 		case <-ctx.Done():

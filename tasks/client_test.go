@@ -3,6 +3,7 @@ package tasks_test
 import (
 	"context"
 	"errors"
+	"net/url"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -13,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/hibiken/asynq"
 
+	"github.com/carpool-go/carpool/internal/testservers"
 	"github.com/carpool-go/carpool/tasks"
 	"github.com/carpool-go/carpool/tasks/taskstest"
 )
@@ -147,6 +149,37 @@ func TestClient_WaitShowsProgressAndEndsWithItsContext(t *testing.T) {
 	})
 	if !errors.Is(err, stop) {
 		t.Errorf("error %v, want the cause of the context's end", err)
+	}
+}
+
+func TestClient_WaitGoesOnWhileRedisIsAway(t *testing.T) {
+	t.Parallel()
+	kit := taskstest.New(t)
+	at, err := url.Parse(kit.RedisURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	proxy := testservers.NewProxy(t, at.Host)
+	at.Host = proxy.Addr()
+	rdb, err := tasks.OpenRedis(at.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer rdb.Close()
+	info, err := kit.Client.Enqueue(t.Context(), parcel{To: "Ada"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = tasks.NewClient(rdb).Wait(t.Context(), info.Queue, info.ID, func(asynq.TaskState, []byte) {
+		proxy.Refuse()
+		proxy.Reset()
+		if err := kit.Client.Cancel(t.Context(), info.ID); err != nil {
+			t.Error(err)
+		}
+		time.AfterFunc(3*time.Second, proxy.Heal) // longer than go-redis alone goes on trying
+	})
+	if err != nil {
+		t.Errorf("error %v, want none: the job was removed", err)
 	}
 }
 
