@@ -162,7 +162,7 @@ func (f *frame) HandleError(ctx context.Context, t *asynq.Task, err error) {
 	queue, _ := asynq.GetQueueName(ctx)
 	run := f.runs.giveUp(queue+" "+id, err)
 	if run != nil {
-		awaitEnd(run.ended, id, f.log.With(slog.Group("job", "id", id)))
+		awaitEnd(run.ended, id, f.log.With(slog.Group("job", "id", id, "kind", t.Type())))
 	}
 	if err == context.Canceled { //nolint:errorlint // asynq's own
 		f.behind.Go(func() { f.putAway(queue, id, run) })
