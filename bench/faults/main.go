@@ -80,6 +80,11 @@ var faults = []fault{
 	{"10 backends killed, 2 s ago", killAndRest(2 * time.Second)},
 	{"10 connections reset", func(_ context.Context, _ *servers.Postgres, p *proxy) error { p.reset(); return nil }},
 	{"10 connections half-open, last used just before", func(_ context.Context, _ *servers.Postgres, p *proxy) error { p.lose(); return nil }},
+	{"10 connections half-open, last used 2 s before", func(_ context.Context, _ *servers.Postgres, p *proxy) error {
+		time.Sleep(2 * time.Second)
+		p.lose()
+		return nil
+	}},
 	{"server restarted", func(ctx context.Context, s *servers.Postgres, _ *proxy) error { return s.Restart(ctx, "fast") }},
 }
 
