@@ -4,7 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
+	"math"
 	"math/rand/v2"
 	"net"
 	"strings"
@@ -25,12 +25,20 @@ import (
 // (Upstream, processor.markAsDone and its siblings would make a new context within
 // the function that they hand to the syncer.)
 //
+// asynq's leases don't say whose they are: a worker that has lost its job without
+// knowing extends the lease of the next one, and takes the job from it when it puts
+// the job back. The hook marks each lease. (Upstream, the lease would have a token.)
+//
 // asynq archives a job that has no retry left whatever its error is, also one that
 // is no failure. (Upstream, handleFailedMessage would ask isFailureFunc first.)
 type ackHook struct {
-	mu     sync.Mutex
-	due    map[string]time.Time // of postponed jobs that asynq is about to archive, by task key
-	leases map[string][2]int64  // the last two that this process has asked for, by lease key and id; Unix seconds
+	mu    sync.Mutex
+	due   map[string]time.Time // of postponed jobs that asynq is about to archive, by task key
+	marks map[string]int       // of the leases that this process has got, by task key
+}
+
+func newAckHook() *ackHook {
+	return &ackHook{due: make(map[string]time.Time), marks: make(map[string]int)}
 }
 
 const (
@@ -46,9 +54,6 @@ func (h *ackHook) postpone(queue, id string, until time.Time) {
 	if until.IsZero() {
 		delete(h.due, asynqkey.Task(queue, id))
 		return
-	}
-	if h.due == nil {
-		h.due = make(map[string]time.Time)
 	}
 	h.due[asynqkey.Task(queue, id)] = until
 }
@@ -70,19 +75,26 @@ func (*ackHook) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.Proces
 
 func (h *ackHook) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
 	return func(ctx context.Context, cmd redis.Cmder) error {
+		if extend, ok := cmd.(*redis.IntCmd); ok && isExtend(cmd.Args()) {
+			err := next(ctx, h.extendMarked(ctx, cmd.Args()))
+			extend.SetErr(err)
+			return err
+		}
 		script, ok := cmd.(*redis.Cmd)
 		if !ok || !strings.HasPrefix(cmd.Name(), "eval") {
-			if cmd.Name() == "zadd" {
-				h.extends(cmd.Args())
-			}
 			return next(ctx, cmd)
 		}
 		said, saying := ackOf(script.Args()), script
-		if said.asksForDead {
+		switch {
+		case said.asksForDead:
 			script.SetVal([]any{}) // it is rescue's to find them
 			return nil
-		}
-		if !isAck(ctx, cmd) {
+		case said.fetches:
+			mark := markLease(script.Args())
+			err := next(ctx, cmd)
+			h.noteMark(said.lease, script.Val(), mark)
+			return err
+		case !isAck(ctx, cmd):
 			return next(ctx, cmd)
 		}
 		if said.archived != "" {
@@ -90,11 +102,12 @@ func (h *ackHook) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
 				saying = said.postpone(ctx, until)
 			}
 		}
-		defer h.forget(said)
-		err := h.say(ctx, next, said, saying)
+		mark := h.markFor(said.task)
+		err := say(ctx, next, said, saying, mark)
 		if err == nil || err.Error() == "NOT FOUND" {
 			// NOT FOUND: the job isn't active any more. An earlier try had arrived, and
 			// only its answer was lost; or its lease was over and it is somebody else's.
+			h.forget(said.task, mark)
 			script.SetErr(nil)
 			script.SetVal("OK")
 			return nil
@@ -104,43 +117,88 @@ func (h *ackHook) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
 	}
 }
 
-// extends notes the leases of a heartbeat: zadd, the key, "xx", and then each lease
-// and its job's id. Whether they arrive isn't always known.
-func (h *ackHook) extends(args []any) {
-	if len(args) < 3 || args[2] != "xx" {
-		return
+// markLease marks the lease that a fetch asks for, by its microseconds: it is the
+// first value of the script, in Unix seconds.
+func markLease(args []any) (mark int) {
+	keys, _ := args[2].(int)
+	mark = 1 + rand.N(999_999)
+	if until, ok := args[3+keys].(int64); ok {
+		args[3+keys] = fmt.Sprintf("%d.%06d", until, mark)
+	}
+	return mark
+}
+
+// markOf returns the mark of a lease, 0 for one of a worker that has no such hook.
+func markOf(lease float64) int {
+	_, fraction := math.Modf(lease)
+	return int(math.Round(fraction * 1e6))
+}
+
+// noteMark notes the mark of the job that a fetch has got.
+func (h *ackHook) noteMark(leases string, fetched any, mark int) {
+	data, ok := fetched.(string)
+	if !ok {
+		return // the queue is empty
+	}
+	msg, err := parseMessage([]byte(data))
+	if err != nil {
+		return // asynq can't read it either
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.leases == nil {
-		h.leases = make(map[string][2]int64)
+	h.marks[taskOf(leases, msg.id)] = mark
+}
+
+// taskOf returns the key of a job from that of its queue's leases.
+func taskOf(leases, id string) string {
+	return strings.TrimSuffix(leases, "lease") + "t:" + id
+}
+
+func (h *ackHook) markFor(task string) int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.marks[task]
+}
+
+// forget forgets the mark of a job that has ended, unless it was fetched again.
+func (h *ackHook) forget(task string, mark int) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.marks[task] == mark {
+		delete(h.marks, task)
 	}
-	if now := time.Now().Unix(); len(h.leases) > 1000 { // those that a heartbeat extended as their jobs ended
-		maps.DeleteFunc(h.leases, func(_ string, until [2]int64) bool { return until[1] < now })
+}
+
+// isExtend reports whether a command is a heartbeat that extends leases: zadd, the
+// key, "xx", and then each lease and its job's id.
+func isExtend(args []any) bool {
+	if len(args) < 5 || args[0] != "zadd" || args[2] != "xx" {
+		return false
 	}
+	key, _ := args[1].(string)
+	return strings.HasSuffix(key, "}:lease")
+}
+
+// extendScript extends each lease that has the mark still.
+const extendScript = `
+for i = 1, #ARGV, 3 do
+	local lease = tonumber(redis.call("ZSCORE", KEYS[1], ARGV[i+1]) or 0)
+	if math.floor(lease % 1 * 1e6 + 0.5) == tonumber(ARGV[i+2]) then
+		redis.call("ZADD", KEYS[1], string.format("%d.%06d", ARGV[i], ARGV[i+2]), ARGV[i+1])
+	end
+end
+return 0`
+
+func (h *ackHook) extendMarked(ctx context.Context, args []any) *redis.Cmd {
+	key, _ := args[1].(string)
+	script := []any{"eval", extendScript, 1, key}
 	for i := 3; i+1 < len(args); i += 2 {
-		if until, ok := args[i].(float64); ok {
-			key := fmt.Sprint(args[1], " ", args[i+1])
-			h.leases[key] = [2]int64{h.leases[key][1], int64(until)}
+		id, _ := args[i+1].(string)
+		if mark := h.markFor(taskOf(key, id)); mark != 0 { // else it has just ended
+			script = append(script, args[i], id, mark)
 		}
 	}
-}
-
-// forget forgets the lease of a job that has ended.
-func (h *ackHook) forget(a ack) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	delete(h.leases, a.lease+" "+a.id)
-}
-
-// isOurs reports whether a lease is one that this process has got for the job: asynq
-// gives the command the time until its end, unless a heartbeat has extended it since.
-func (h *ackHook) isOurs(ctx context.Context, a ack, lease int64) bool {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	until, _ := ctx.Deadline()
-	asked := h.leases[a.lease+" "+a.id]
-	return lease == until.Unix() || lease == asked[0] || lease == asked[1]
+	return redis.NewCmd(ctx, script...)
 }
 
 // postponeScript moves a job from active to retry. It is asynq's own for that,
@@ -164,28 +222,31 @@ func isAck(ctx context.Context, cmd redis.Cmder) bool {
 	return ends && strings.HasPrefix(cmd.Name(), "eval")
 }
 
-// say says it until it is answered. What may have arrived is looked for before it is
-// said again: meanwhile another worker may have the job, from whom it would be taken.
-func (h *ackHook) say(ctx context.Context, next redis.ProcessHook, a ack, script *redis.Cmd) error {
-	err := next(ctx, unrepeated{script})
-	for pause := ackPause; mayBeTriedAgain(err); pause = min(2*pause, ackPauseCap) {
+// say says it until it is answered. What would take the job from another worker, and
+// what may have arrived, is said after a look.
+func say(ctx context.Context, next redis.ProcessHook, a ack, script *redis.Cmd, mark int) error {
+	sent := false
+	for pause := ackPause; ; pause = min(2*pause, ackPauseCap) {
+		var err error
+		if sent || a.goesOn {
+			var over bool
+			if over, err = look(ctx, next, a, mark); over {
+				return nil
+			}
+		}
+		if err == nil {
+			err = next(ctx, unrepeated{script})
+			sent = sent || wasSent(err)
+		}
+		if !mayBeTriedAgain(err) {
+			return err
+		}
 		select {
 		case <-ctx.Done():
 			return err
 		case <-time.After(pause/2 + rand.N(pause)):
 		}
-		if wasSent(err) {
-			arrived, lookErr := h.look(ctx, next, a)
-			if lookErr != nil {
-				continue
-			}
-			if arrived {
-				return nil
-			}
-		}
-		err = next(ctx, unrepeated{script})
 	}
-	return err
 }
 
 // unrepeated is a command that go-redis doesn't repeat by itself.
@@ -199,7 +260,9 @@ type ack struct {
 	archived            string // the archive's key, if the job goes there
 	id                  string
 	message             []byte // the job's from now on; nil if that doesn't change
-	asksForDead         bool   // it is no ack: asynq's recoverer asks for leases that are over
+	goesOn              bool   // the job isn't done: it goes to another list
+	// It is no ack: asynq fetches a job, or its recoverer asks for leases that are over.
+	fetches, asksForDead bool
 }
 
 // ackOf reads the arguments of a script: eval or evalsha, the script, how many
@@ -221,7 +284,7 @@ func ackOf(args []any) ack {
 			a.message = value
 		}
 	}
-	for _, key := range keys {
+	for i, key := range keys {
 		key, _ := key.(string)
 		switch {
 		case strings.HasSuffix(key, "}:t:"+a.id):
@@ -232,42 +295,25 @@ func ackOf(args []any) ack {
 			a.lease = key
 			a.asksForDead = len(keys) == 1
 		case strings.HasSuffix(key, ":archived"):
-			a.archived = key
+			a.archived, a.goesOn = key, true
+		case strings.HasSuffix(key, ":pending"):
+			a.fetches = i == 0
+			a.goesOn = !a.fetches
+		case strings.HasSuffix(key, ":retry"):
+			a.goesOn = true
 		}
 	}
 	return a
 }
 
-// look finds out whether it has arrived. If not, the job is still with this worker.
-func (h *ackHook) look(ctx context.Context, next redis.ProcessHook, a ack) (arrived bool, err error) {
-	job := redis.NewSliceCmd(ctx, "hmget", a.task, "msg", "state")
-	if err := next(ctx, job); err != nil {
-		return false, err
-	}
-	stored, _ := job.Val()[0].(string)
-	if job.Val()[1] != "active" {
-		return true, nil
-	}
-	// The message says when the job failed last: before this arrived it was another.
-	if a.message != nil && (stored == string(a.message) || isNewer([]byte(stored), a.message)) {
-		return true, nil
-	}
+// look finds out whether it needn't be said: the job's lease has another mark, or none
+// is left.
+func look(ctx context.Context, next redis.ProcessHook, a ack, mark int) (over bool, err error) {
 	lease := redis.NewFloatCmd(ctx, "zscore", a.lease, a.id)
 	if err := next(ctx, lease); mayBeTriedAgain(err) {
 		return false, err
 	}
-	return !h.isOurs(ctx, a, int64(lease.Val())), nil
-}
-
-// isNewer reports whether the stored message is of a later attempt than the one that
-// was said.
-func isNewer(stored, said []byte) bool {
-	now, err := parseMessage(stored)
-	if err != nil {
-		return false
-	}
-	then, err := parseMessage(said)
-	return err == nil && (now.retried > then.retried || now.lastFailedAt > then.lastFailedAt)
+	return markOf(lease.Val()) != mark, nil
 }
 
 // wasSent reports whether what failed with err may have arrived all the same.

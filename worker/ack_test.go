@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net/url"
 	"regexp"
 	"strings"
@@ -108,14 +109,7 @@ func ackTo(list string) func(context.Context, redis.Cmder) bool {
 // Meanwhile the job runs elsewhere, and may have failed there.
 func TestAck_ThatArrivedIsNotSaidAgain(t *testing.T) {
 	t.Parallel()
-	for name, c := range map[string]struct {
-		failures   int32
-		sameSecond bool
-	}{
-		"for the second time": {failures: 1},
-		"for the third time":  {failures: 2},
-		"for the second time, with a lease of the same second": {failures: 1, sameSecond: true},
-	} {
+	for name, failures := range map[string]int32{"for the second time": 1, "for the third time": 2} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			b := setup(t)
@@ -125,10 +119,10 @@ func TestAck_ThatArrivedIsNotSaidAgain(t *testing.T) {
 			register := func(s *tasks.Set) {
 				tasks.Register(s, func(context.Context, *tasks.Job, probe) (any, error) {
 					n := runs.Add(1)
-					if n <= c.failures {
+					if n <= failures {
 						return nil, tasks.RetryAfter(time.Millisecond, errors.New("not today"))
 					}
-					if n == c.failures+1 {
+					if n == failures+1 {
 						close(again)
 					}
 					most.Store(max(most.Load(), atOnce.Add(1)))
@@ -140,11 +134,12 @@ func TestAck_ThatArrivedIsNotSaidAgain(t *testing.T) {
 			var lost atomic.Bool
 			b.runFrameWith(t, frameConfig{hands: 1, hook: losing{lost: &lost, is: ackTo("retry"), after: func(ctx context.Context) {
 				<-again
-				if until, _ := ctx.Deadline(); c.sameSecond {
-					lease := asynqkey.List("default", "lease")
-					for _, id := range rdb.ZRange(ctx, lease, 0, -1).Val() {
-						rdb.ZAdd(ctx, lease, redis.Z{Score: float64(until.Unix()), Member: id})
-					}
+				// By a lease that ends in the same second as the first one's.
+				until, _ := ctx.Deadline()
+				leases := asynqkey.List("default", "lease")
+				for _, z := range rdb.ZRangeWithScores(ctx, leases, 0, -1).Val() {
+					z.Score += float64(until.Unix()) - math.Floor(z.Score)
+					rdb.ZAdd(ctx, leases, z)
 				}
 			}}}, register)
 			info, err := b.client.Enqueue(t.Context(), probe{"x"}, nil)
@@ -157,8 +152,40 @@ func TestAck_ThatArrivedIsNotSaidAgain(t *testing.T) {
 				t.Error(err)
 			}
 			time.Sleep(2 * time.Second)
-			if runs.Load() != c.failures+1 || most.Load() != 1 {
+			if runs.Load() != failures+1 || most.Load() != 1 {
 				t.Errorf("%d runs, %d at once", runs.Load(), most.Load())
+			}
+		})
+	}
+}
+
+// Redis had forgotten the fetch, and gave the job to another worker.
+func TestAck_OfAJobThatIsAnothersByNowLeavesItThere(t *testing.T) {
+	t.Parallel()
+	for name, verdict := range map[string]error{"failed": errors.New("not today"), "archived": tasks.Permanent(errors.New("never"))} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := setup(t)
+			rdb := b.redis(t)
+			leases := asynqkey.List("default", "lease")
+			theirs := redis.Z{Score: float64(time.Now().Add(30*time.Second).Unix()) + 0.5}
+			f := b.runFrame(t, b, func(s *tasks.Set) {
+				tasks.Register(s, func(ctx context.Context, job *tasks.Job, _ probe) (any, error) {
+					theirs.Member = job.ID
+					rdb.ZAdd(ctx, leases, theirs)
+					time.Sleep(6 * time.Second) // a heartbeat comes every 5 s
+					return nil, verdict
+				})
+			})
+			info := f.enqueue(t, "x", nil)
+			f.records(t, 1)
+			f.stop()
+			if got := rdb.ZRangeWithScores(t.Context(), leases, 0, -1).Val(); len(got) != 1 || got[0] != theirs {
+				t.Errorf("the leases are %v, want %v", got, theirs)
+			}
+			got, err := f.inspector.GetTaskInfo("default", info.ID)
+			if err != nil || got.State != asynq.TaskStateActive || got.Retried != 0 {
+				t.Errorf("it is %+v, %v; want it active", got, err)
 			}
 		})
 	}

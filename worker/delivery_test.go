@@ -233,33 +233,43 @@ func TestFrame_PoolThatOthersHoldUsesUpNoTry(t *testing.T) {
 // Redis has forgotten the fetch, and neither worker knows that it has lost the job.
 func TestFrame_TwoLivingRunsDoNotEndEachOtherForEver(t *testing.T) {
 	t.Parallel()
-	b := setup(t)
-	rdb := b.redis(t)
-	var runs atomic.Int32
-	register := func(s *tasks.Set) {
-		tasks.RegisterTx(s, func(ctx context.Context, _ *tasks.Job, tx pgx.Tx, _ probe) (string, error) {
-			runs.Add(1)
-			_, err := tx.Exec(ctx, "SELECT pg_sleep(12)")
-			return "ok", err
+	for name, delay := range map[string]time.Duration{
+		"the first one waits for the database":                 0,
+		"the first one is postponed, and was the other's then": 2 * lastHandWait,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := setup(t)
+			rdb := b.redis(t)
+			var runs atomic.Int32
+			register := func(s *tasks.Set) {
+				tasks.RegisterTx(s, func(ctx context.Context, _ *tasks.Job, tx pgx.Tx, _ probe) (string, error) {
+					runs.Add(1)
+					_, err := tx.Exec(ctx, "SELECT pg_sleep(12)")
+					return "ok", err
+				})
+			}
+			at, postgres, _ := b.behindProxies(t)
+			b.runFrameWith(t, frameConfig{at: at, hands: 1}, register)
+			info, err := b.client.Enqueue(t.Context(), probe{"x"}, &tasks.EnqueueOptions{MaxRetry: tasks.NoRetry})
+			if err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, "it runs", func() bool { return runs.Load() == 1 })
+			postgres.Delay(delay)
+			pipe := rdb.TxPipeline()
+			pipe.LRem(t.Context(), asynqkey.List("default", "active"), 1, info.ID)
+			pipe.ZRem(t.Context(), asynqkey.List("default", "lease"), info.ID)
+			pipe.LPush(t.Context(), asynqkey.List("default", "pending"), info.ID)
+			pipe.HSet(t.Context(), asynqkey.Task("default", info.ID), "state", "pending")
+			if _, err := pipe.Exec(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			b.runFrameWith(t, frameConfig{hands: 1}, register)
+			if result, err := b.wait(t, info); err != nil || runs.Load() != 2 {
+				t.Errorf("result %s, error %v after %d runs; want that the second ends the first, and no more", result, err, runs.Load())
+			}
 		})
-	}
-	b.runFrameWith(t, frameConfig{hands: 1}, register)
-	info, err := b.client.Enqueue(t.Context(), probe{"x"}, &tasks.EnqueueOptions{MaxRetry: tasks.NoRetry})
-	if err != nil {
-		t.Fatal(err)
-	}
-	eventually(t, "it runs", func() bool { return runs.Load() == 1 })
-	pipe := rdb.TxPipeline()
-	pipe.LRem(t.Context(), asynqkey.List("default", "active"), 1, info.ID)
-	pipe.ZRem(t.Context(), asynqkey.List("default", "lease"), info.ID)
-	pipe.LPush(t.Context(), asynqkey.List("default", "pending"), info.ID)
-	pipe.HSet(t.Context(), asynqkey.Task("default", info.ID), "state", "pending")
-	if _, err := pipe.Exec(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	b.runFrameWith(t, frameConfig{hands: 1}, register)
-	if result, err := b.wait(t, info); err != nil || runs.Load() != 2 {
-		t.Errorf("result %s, error %v after %d runs; want that the second ends the first, and no more", result, err, runs.Load())
 	}
 }
 

@@ -79,7 +79,7 @@ func (b *bundle) runFrameWith(t *testing.T, c frameConfig, register func(*tasks.
 		c.queues = map[string]int{"default": 1}
 	}
 	rdb := c.at.redis(t)
-	acks := new(ackHook)
+	acks := newAckHook()
 	rdb.AddHook(acks)
 	if c.hook != nil {
 		rdb.AddHook(c.hook)

@@ -10,6 +10,7 @@ import (
 // internal/proto/asynq.proto, where they can't change without breaking every
 // task in Redis.
 const (
+	fieldID           protowire.Number = 3
 	fieldRetried      protowire.Number = 6
 	fieldErrorMessage protowire.Number = 7
 	fieldLastFailedAt protowire.Number = 11
@@ -18,6 +19,7 @@ const (
 
 // message is what is read and changed of asynq's message of a task.
 type message struct {
+	id           string
 	retried      int // retries used
 	lastErr      string
 	lastFailedAt int64 // Unix seconds
@@ -47,6 +49,9 @@ func parseMessage(data []byte) (message, error) {
 		case number == fieldErrorMessage && kind == protowire.BytesType:
 			m.lastErr, _ = protowire.ConsumeString(data[n:])
 		default:
+			if number == fieldID && kind == protowire.BytesType {
+				m.id, _ = protowire.ConsumeString(data[n:])
+			}
 			m.rest = append(m.rest, data[:n+size]...)
 		}
 		data = data[n+size:]

@@ -20,12 +20,20 @@ import (
 // loses does to Redis what a fetch does whose answer is lost.
 func loses(t *testing.T, rdb redis.UniversalClient, info *asynq.TaskInfo) {
 	t.Helper()
+	losesWith(t, rdb, info, time.Now().Add(30*time.Second))
+}
+
+// losesWith is loses with a lease until then; the zero time for none.
+func losesWith(t *testing.T, rdb redis.UniversalClient, info *asynq.TaskInfo, until time.Time) {
+	t.Helper()
 	eventually(t, "the job can be fetched", func() bool {
 		return rdb.LRem(t.Context(), asynqkey.List(info.Queue, "pending"), 1, info.ID).Val() == 1
 	})
 	pipe := rdb.TxPipeline()
 	pipe.LPush(t.Context(), asynqkey.List(info.Queue, "active"), info.ID)
-	pipe.ZAdd(t.Context(), asynqkey.List(info.Queue, "lease"), redis.Z{Score: float64(time.Now().Add(30 * time.Second).Unix()), Member: info.ID})
+	if !until.IsZero() {
+		pipe.ZAdd(t.Context(), asynqkey.List(info.Queue, "lease"), redis.Z{Score: float64(until.Unix()), Member: info.ID})
+	}
 	pipe.HSet(t.Context(), asynqkey.Task(info.Queue, info.ID), "state", "active")
 	pipe.HDel(t.Context(), asynqkey.Task(info.Queue, info.ID), "pending_since")
 	if _, err := pipe.Exec(t.Context()); err != nil {
@@ -57,12 +65,10 @@ func TestRescue_JobOfADeadWorkerIsRunAgainAndItsTryIsCounted(t *testing.T) {
 		"its fetch was lost before":             {dies, 2},
 		"it has not begun, for all one can see": {loses, 1},
 		"nobody was there for a minute": {func(t *testing.T, rdb redis.UniversalClient, info *asynq.TaskInfo) {
-			loses(t, rdb, info)
-			rdb.ZAdd(t.Context(), asynqkey.List("default", "lease"), redis.Z{Score: float64(time.Now().Add(-70 * time.Second).Unix()), Member: info.ID})
+			losesWith(t, rdb, info, time.Now().Add(-70*time.Second))
 		}, 1},
 		"it has no lease": {func(t *testing.T, rdb redis.UniversalClient, info *asynq.TaskInfo) {
-			loses(t, rdb, info)
-			rdb.ZRem(t.Context(), asynqkey.List("default", "lease"), info.ID)
+			losesWith(t, rdb, info, time.Time{})
 		}, 1},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -130,7 +130,7 @@ func (r *runCmd) work(ctx context.Context, cfg config, set *tasks.Set, log *slog
 	defer end(nil)
 	gate := newGate(db, cfg.concurrency, log)
 	defer gate.stop()
-	f := &frame{tasks: set, rdb: rdb, client: client, inspector: inspector, db: db, gate: gate, acks: new(ackHook), log: log, ending: ending}
+	f := &frame{tasks: set, rdb: rdb, client: client, inspector: inspector, db: db, gate: gate, acks: newAckHook(), log: log, ending: ending}
 	defer f.behind.Wait()
 	defer end(errEnding)
 
