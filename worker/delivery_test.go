@@ -235,7 +235,7 @@ func TestFrame_TwoLivingRunsDoNotEndEachOtherForEver(t *testing.T) {
 	t.Parallel()
 	for name, delay := range map[string]time.Duration{
 		"the first one waits for the database":                 0,
-		"the first one is postponed, and was the other's then": 2 * lastHandWait,
+		"the first one is postponed, and was the other's then": lastHandWait / 2,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -245,7 +245,7 @@ func TestFrame_TwoLivingRunsDoNotEndEachOtherForEver(t *testing.T) {
 			register := func(s *tasks.Set) {
 				tasks.RegisterTx(s, func(ctx context.Context, _ *tasks.Job, tx pgx.Tx, _ probe) (string, error) {
 					runs.Add(1)
-					_, err := tx.Exec(ctx, "SELECT pg_sleep(12)")
+					_, err := tx.Exec(ctx, "SELECT pg_sleep(16)")
 					return "ok", err
 				})
 			}
