@@ -22,6 +22,12 @@ type Set struct {
 	byKind map[string]*Task
 }
 
+// Group is kinds of job that belong together, with the settings they need. A group
+// that is a pointer to a struct has its settings in the struct's fields, and its
+// handlers are methods of the pointer, so that they see them; [Group.Register] is
+// called before any setting is known.
+type Group interface{ Register(s *Set) }
+
 // Task is one registered kind of job.
 type Task struct {
 	Kind    string
