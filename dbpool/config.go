@@ -1,8 +1,3 @@
-// Package dbpool is a pool of Postgres connections, on pgx's pgxpool, that lends
-// no dead connection and tells what it does.
-//
-// It has the settings of SQLAlchemy's QueuePool: a size that is kept, an overflow
-// for load, a bounded wait, recycling, and a check before each loan.
 package dbpool
 
 import (
@@ -17,58 +12,63 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/multitracer"
-	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// Config says how a pool is made. Begin with [DefaultConfig]: the zero value has
-// no URL and no size, and is refused.
+// Config has the settings of a pool. Start from [DefaultConfig], because the zero
+// value is refused: it has no URL, no size and no timeouts.
 type Config struct {
-	// URL is a postgres:// URL, or key=value pairs, as pgx reads them. Required.
+	// URL is a postgres:// URL, or key=value pairs, as pgx reads them. It is
+	// required, and no error or log shows its password.
 	URL string
-	// Size is how many connections are kept; at least 1.
+	// Size is how many connections are kept open once they were needed, or
+	// [Pool.Validate] was called. It must be at least 1.
 	Size int
-	// MaxOverflow is how many more may be open under load; 0 is none.
+	// MaxOverflow is how many more may be open while callers wait. 0 is none.
 	MaxOverflow int
-	// OverflowIdle is how long a connection beyond Size stays open unused; 0
+	// OverflowIdle is how long a connection beyond Size stays open unused. 0
 	// closes it within a second.
 	OverflowIdle time.Duration
-	// Timeout is the longest wait for a connection; it must be positive.
+	// Timeout is the longest wait for a connection. It must be positive.
 	Timeout time.Duration
-	// Recycle is a connection's longest life, less up to a tenth of it at
-	// random; 0 is for ever.
+	// Recycle is a connection's longest life, less up to a tenth of it at random,
+	// so that connections opened together don't end together. 0 is for ever.
 	Recycle time.Duration
-	// PrePing checks each connection before it is lent: it looks at the socket,
-	// and pings where that can't be enough.
+	// PrePing has each connection checked before it is lent: by a look at its
+	// socket, and by a ping if that leaves a doubt.
 	PrePing bool
-	// PingIdle is how long a connection may have shown no sign of life before a
-	// quiet socket is no longer proof enough, and it is pinged: the network, or
-	// the whole server, may have gone without a word. 0 pings before each loan.
+	// PingIdle is how long after the server's last answer a quiet socket is proof
+	// enough of life. A connection that has been silent for longer is pinged,
+	// because the network or the whole server may have vanished without a word. 0
+	// pings before each loan.
 	PingIdle time.Duration
-	// PingTimeout bounds each ping; it must be positive.
+	// PingTimeout bounds each ping. It must be positive.
 	PingTimeout time.Duration
-	// LeakAfter is how long a connection may be out before its holder is logged;
-	// 0 is for ever.
+	// LeakAfter is how long a connection may be held before its holder is logged,
+	// with the stack that acquired it. 0 is for ever.
 	LeakAfter time.Duration
 	// ThroughPooler is for a URL that leads to PgBouncer, or its like, in
-	// transaction mode: statements are not prepared under names, which the next
-	// transaction would not find on another of the pooler's connections.
+	// transaction mode. It keeps pgx from preparing statements under names, because
+	// the next transaction may run on a connection of the pooler's that lacks them.
 	ThroughPooler bool
 	// Echo logs each SQL statement at INFO, never its arguments.
 	Echo bool
-	// Logger takes what the pool logs; nil is [slog.Default].
+	// Logger takes the pool's log: leaks, and connections that could not be
+	// replaced, at WARN. nil is [slog.Default].
 	Logger *slog.Logger
-	// AfterConnect prepares a new connection, such as by registering types on
-	// it; nil for nothing. Its error is one of connecting.
+	// AfterConnect prepares a new connection, such as by registering types on it.
+	// Its error makes the attempt to connect fail. nil does nothing.
 	AfterConnect func(context.Context, *pgx.Conn) error
-	// Tracer sees what happens on the connections too, as pgx calls it: for
-	// traces, say. nil for none.
+	// Tracer is called by pgx for each statement, as the tracer of a pgx.Conn is;
+	// what else it implements of pgx's tracers is called too. nil is none.
 	Tracer pgx.QueryTracer
 }
 
-// DefaultConfig has the numbers of a SQLAlchemy QueuePool that served well: 5
-// connections, 5 more under load, 30 s of waiting, half an hour of life, checked
-// before each loan.
+// DefaultConfig returns the settings of a SQLAlchemy QueuePool that served well, for
+// the server at url: 5 connections, 5 more under load, 30 s of waiting, half an hour
+// of life, checked before each loan. Beside those the overflow stays for 5 s, a
+// connection is pinged after 1 s of silence and for up to 2 s, and its holder is
+// logged after a minute.
 func DefaultConfig(url string) Config {
 	return Config{
 		URL: url, Size: 5, MaxOverflow: 5, OverflowIdle: 5 * time.Second,
@@ -77,11 +77,11 @@ func DefaultConfig(url string) Config {
 	}
 }
 
-// mostConnections is the largest max_connections that Postgres takes.
+// mostConnections is the largest max_connections that Postgres accepts.
 const mostConnections = 262143
 
-// Validate names every fault of the configuration. The error never shows the
-// URL, which may hold a password.
+// Validate returns an error that names every fault of the configuration, nil if there
+// is none. The error never shows the URL, because that may hold a password.
 func (c Config) Validate() error {
 	var faults []string
 	if _, err := c.parseURL(); err != nil {
@@ -118,25 +118,26 @@ func (c Config) Validate() error {
 	return errors.New("dbpool: " + strings.Join(faults, "; "))
 }
 
-// wantURL ends each complaint about a URL.
+// wantURL ends the text of each error about the URL.
 const wantURL = "want postgres://user:password@host:5432/name, with special characters in the password %-encoded"
 
+// parseURL reads the URL. Its errors never show it.
 func (c Config) parseURL() (*pgxpool.Config, error) {
 	if c.URL == "" {
 		return nil, errors.New("the URL is empty; want postgres://user:password@host:5432/name")
 	}
 	password, rest := splitURL(c.URL)
 	if strings.Contains(rest, "@") {
-		// What pgx takes for the password ends too early. The rest of it would
-		// stand in each error of connecting, as the name of a host or database.
+		// pgx takes the password to end at the first @. Each error of connecting
+		// would show the rest of it, as the name of a host or database.
 		return nil, errors.New("the URL has an @ behind the user and password; " + wantURL)
 	}
 	cfg, err := pgxpool.ParseConfig(c.URL)
 	if err == nil {
 		return cfg, nil
 	}
-	// pgx repeats the URL, and hides a password only where it finds it. Behind
-	// that it says which setting is wrong.
+	// pgx's error repeats the URL, and hides a password only where it finds one.
+	// The part behind the URL says which setting is wrong.
 	decoded, undecodable := url.PathUnescape(password)
 	_, reason, ok := strings.Cut(err.Error(), "`: ")
 	if !ok || rest == "" || undecodable != nil || strings.Contains(c.URL, "password=") || decoded != "" && strings.Contains(reason, decoded) {
@@ -145,9 +146,8 @@ func (c Config) parseURL() (*pgxpool.Config, error) {
 	return nil, fmt.Errorf("the URL has a wrong setting: %s", reason)
 }
 
-// splitURL returns the password of a URL, as it stands there, and the hosts and
-// the path, by the rules that pgx splits it by. Of what is no URL, both are
-// empty.
+// splitURL returns the password of a URL, still encoded, and the hosts with the path,
+// by the rules by which pgx splits it. Both are empty if u is no URL.
 func splitURL(u string) (password, hostsAndPath string) {
 	scheme, rest, _ := strings.Cut(u, "://")
 	if scheme != "postgres" && scheme != "postgresql" {
@@ -161,47 +161,41 @@ func splitURL(u string) (password, hostsAndPath string) {
 	return password, hostsAndPath
 }
 
+// The kernel closes a connection to a host that has vanished after these times:
+// after keepAliveIdle and keepAliveCount probes if it is idle or waits for an answer,
+// after userTimeout if what it sent stays unacknowledged.
 const (
-	// A connection to a host that has vanished is found out by the kernel after
-	// these, whether it is idle or waits for an answer.
 	keepAliveIdle     = 15 * time.Second
 	keepAliveInterval = 5 * time.Second
 	keepAliveCount    = 3
 	userTimeout       = 20 * time.Second
 )
 
-// mostConnectTimeout bounds one attempt to connect, unless the URL's
-// connect_timeout does.
+// mostConnectTimeout is the longest that one attempt to connect may take, unless the
+// URL has a connect_timeout.
 const mostConnectTimeout = 5 * time.Second
 
+// pgxConfig returns the configuration of the pgxpool that opens the connections.
 func (p *Pool) pgxConfig() (*pgxpool.Config, error) {
 	cfg, err := p.cfg.parseURL()
 	if err != nil {
 		return nil, err
 	}
-	// pgxpool connects and keeps count; what is idle, who waits and what is
-	// checked when is decided here. So its own clockwork is off.
+	// pgxpool's own upkeep is turned off, because this pool decides which
+	// connection is idle, checked or closed, and pgxpool only opens them.
 	const never = 100 * 365 * 24 * time.Hour
 	cfg.MaxConns = int32(p.cfg.Size + p.cfg.MaxOverflow)
 	cfg.MinConns, cfg.MinIdleConns = 0, 0
 	cfg.MaxConnLifetime, cfg.MaxConnLifetimeJitter = never, 0
 	cfg.MaxConnIdleTime, cfg.HealthCheckPeriod = never, never
 	cfg.ShouldPing = func(context.Context, pgxpool.ShouldPingParams) bool { return false }
-	cfg.BeforeConnect = func(_ context.Context, c *pgx.ConnConfig) error {
-		born := p.deaths.Load()
-		then := c.AfterConnect
-		c.AfterConnect = func(ctx context.Context, pg *pgconn.PgConn) error {
-			if then != nil {
-				if err := then(ctx, pg); err != nil {
-					return err
-				}
-			}
-			pg.CustomData()[memberKey] = &member{pool: p, proven: born}
+	cfg.AfterConnect = func(ctx context.Context, pgxConn *pgx.Conn) error {
+		pgxConn.PgConn().CustomData()[customDataKey] = ctx.Value(connKey{})
+		if p.cfg.AfterConnect == nil {
 			return nil
 		}
-		return nil
+		return p.cfg.AfterConnect(ctx, pgxConn)
 	}
-	cfg.AfterConnect = p.cfg.AfterConnect
 	cfg.ConnConfig.Tracer = tracer{p}
 	if p.cfg.Tracer != nil {
 		cfg.ConnConfig.Tracer = multitracer.New(tracer{p}, p.cfg.Tracer)
@@ -216,7 +210,8 @@ func (p *Pool) pgxConfig() (*pgxpool.Config, error) {
 		cfg.ConnConfig.StatementCacheCapacity = 0
 	}
 	if cfg.ConnConfig.ConnectTimeout <= 0 {
-		// A connection that hangs must leave time for another try.
+		// A third of the wait, because an attempt that hangs must leave time for
+		// another.
 		cfg.ConnConfig.ConnectTimeout = min(p.cfg.Timeout/3+time.Millisecond, mostConnectTimeout)
 	}
 	if cfg.ConnConfig.RuntimeParams["application_name"] == "" {

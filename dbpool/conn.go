@@ -2,331 +2,316 @@ package dbpool
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"runtime"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"time"
 
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
-	"github.com/jackc/pgx/v5/pgtype"
+	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// ErrReleased is returned by a [Conn] that was given back.
+// ErrReleased is returned by a [Conn] that was released, whether by
+// [Conn.Release] or by [Borrower.End].
 var ErrReleased = errors.New("dbpool: the connection was given back")
 
-// Conn is a lent connection. Like a pgx.Conn it is for one goroutine at a time.
+// Conn is a connection on loan from [Pool.Acquire]. Like a pgx.Conn it is for one
+// goroutine at a time. Its methods return [ErrReleased] once it was released.
 type Conn struct {
-	member *member
-	loan   uint64
+	conn *conn
+	loan uint64 // the number of the loan; conn.loan is another one when it has ended
 }
 
-// Release gives the connection back. Releasing twice is safe. A connection that
-// broke, or has an open transaction or open rows, is closed.
+// Release gives the connection back to the pool, at once and without an error. A
+// connection that broke, or that has an open transaction or open rows, is closed
+// and replaced. Releasing twice is safe.
 func (c *Conn) Release() {
-	if c.member.loan.CompareAndSwap(c.loan, 0) {
-		c.member.pool.giveBack(c.member, closedUnfit)
+	if c.conn.loan.CompareAndSwap(c.loan, 0) {
+		c.conn.pool.release(c.conn, closedUnfit)
 	}
 }
 
-func (c *Conn) conn() (*pgx.Conn, error) {
-	if c.member.loan.Load() != c.loan {
-		return nil, ErrReleased
-	}
-	return c.member.conn, nil
-}
-
-// Conn returns the connection itself, for what this type doesn't have. It must
-// not be used after Release. It is nil if Release was called.
+// Conn returns the pgx connection, for what this type has no method for. It is nil
+// after Release, and must not be used after it.
 func (c *Conn) Conn() *pgx.Conn {
-	conn, err := c.conn()
+	pgxConn, err := c.lent()
 	if err != nil {
 		return nil
 	}
-	return conn
+	return pgxConn
 }
 
-// Exec is [pgx.Conn.Exec].
-func (c *Conn) Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error) {
-	conn, err := c.conn()
-	if err != nil {
-		return pgconn.CommandTag{}, err
+// lent returns the pgx connection, or ErrReleased.
+func (c *Conn) lent() (*pgx.Conn, error) {
+	if c.conn.loan.Load() != c.loan {
+		return nil, ErrReleased
 	}
-	return conn.Exec(ctx, sql, args...)
+	return c.conn.pgx, nil
 }
 
-// Query is [pgx.Conn.Query].
-func (c *Conn) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
-	conn, err := c.conn()
-	if err != nil {
-		return failedRows{err: err}, err
-	}
-	r, err := conn.Query(ctx, sql, args...)
-	if err != nil {
-		return r, err
-	}
-	return &rows{Rows: r, open: c.open()}, nil
+// conn is one connection of the pool, from the attempt to open it until it is
+// closed. Its fields belong to whoever brought it into its state, and to the pool
+// under its lock while it is idle, unless they say otherwise.
+type conn struct {
+	pool  *Pool
+	state state // changed by Pool.setState alone; guarded by the pool's lock
+
+	// From connecting:
+	pooled *pgxpool.Conn
+	pgx    *pgx.Conn
+	socket net.Conn
+	raw    syscall.RawConn // to peek at the socket; nil if that can't be done
+
+	// verified is the pool's generation in which the connection was last known to
+	// live. answeredAt is when it was opened, or the server last answered.
+	verified   uint64
+	answeredAt time.Time
+	recycleAt  time.Time // zero: never
+	fresh      bool      // it was not released yet
+	idleSince  time.Time
+	validation uint64 // the last one that looked at it
+
+	// Of the present loan:
+	acquiredAt time.Time
+	borrower   *Borrower // nil for none
+	stack      [stackDepth]uintptr
+	depth      int  // of stack
+	reported   bool // as a leak; guarded by the pool's lock
+	queries    int
+	tx         pgx.Tx // the last that was begun
+	broken     bool
+	wasClosed  bool // before the statement that is traced
+	rowsOpen   atomic.Bool
+	loan       atomic.Uint64 // its number; 0 for none
+
+	// peekFD writes to peeked. Both are here because a closure made for each peek
+	// would be an allocation for each loan.
+	peekFD func(fd uintptr)
+	peeked peekResult
 }
 
-// QueryRow is [pgx.Conn.QueryRow].
-func (c *Conn) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
-	conn, err := c.conn()
-	if err != nil {
-		return failedRows{err: err}
-	}
-	return &row{conn.QueryRow(ctx, sql, args...), c.open()}
+// connKey is the key of the conn in the context that it is opened with.
+type connKey struct{}
+
+// customDataKey is the key of the conn in the CustomData of its pgx connection.
+const customDataKey = "carpool/dbpool"
+
+// connOf returns the pool's conn for a pgx connection, nil if it has none.
+func connOf(pgxConn *pgx.Conn) *conn {
+	c, _ := pgxConn.PgConn().CustomData()[customDataKey].(*conn)
+	return c
 }
 
-// SendBatch is [pgx.Conn.SendBatch].
-func (c *Conn) SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchResults {
-	conn, err := c.conn()
-	if err != nil {
-		return pgx.FailedBatchResults(b, err)
-	}
-	results := conn.SendBatch(ctx, b)
-	if begun := results.Tx(); begun != nil {
-		c.member.tx = begun
-	}
-	return &batch{results, c.open()}
-}
+const stackDepth = 8
 
-// CopyFrom is [pgx.Conn.CopyFrom].
-func (c *Conn) CopyFrom(ctx context.Context, table pgx.Identifier, columns []string, src pgx.CopyFromSource) (int64, error) {
-	conn, err := c.conn()
-	if err != nil {
-		return 0, err
+// attach takes over a connection that pgxpool has opened.
+func (c *conn) attach(pooled *pgxpool.Conn) {
+	c.pooled, c.pgx = pooled, pooled.Conn()
+	c.socket = c.pgx.PgConn().Conn()
+	socket := c.socket
+	if t, ok := socket.(*tls.Conn); ok {
+		socket = t.NetConn() // because a tls.Conn is no syscall.Conn
 	}
-	return conn.CopyFrom(ctx, table, columns, src)
-}
-
-// Begin is [pgx.Conn.Begin].
-func (c *Conn) Begin(ctx context.Context) (pgx.Tx, error) { return c.BeginTx(ctx, pgx.TxOptions{}) }
-
-// BeginTx is [pgx.Conn.BeginTx].
-func (c *Conn) BeginTx(ctx context.Context, opts pgx.TxOptions) (pgx.Tx, error) {
-	conn, err := c.conn()
-	if err != nil {
-		return nil, err
+	if s, ok := socket.(syscall.Conn); ok {
+		if raw, err := s.SyscallConn(); err == nil {
+			c.raw = raw
+		}
 	}
-	t, err := conn.BeginTx(ctx, opts)
-	c.member.tx = t
-	return t, err
-}
-
-// Ping acquires a connection and asks the server for an answer.
-func (p *Pool) Ping(ctx context.Context) error {
-	c, err := p.Acquire(ctx)
-	if err != nil {
-		return err
+	c.peekFD = func(fd uintptr) { c.peeked = peek(fd) }
+	if r := c.pool.cfg.Recycle; r > 0 {
+		c.recycleAt = time.Now().Add(r - rand.N(r/10+1))
 	}
-	defer c.Release()
-	if err := c.Conn().Ping(ctx); err != nil {
-		return fmt.Errorf("dbpool: ping: %w", err)
-	}
-	return nil
-}
-
-// Exec acquires a connection for one [pgx.Conn.Exec].
-func (p *Pool) Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error) {
-	var c Conn
-	if err := p.acquire(ctx, &c); err != nil {
-		return pgconn.CommandTag{}, err
-	}
-	defer c.Release()
-	return c.Exec(ctx, sql, args...)
-}
-
-// Query acquires a connection for one [pgx.Conn.Query]. It is given back when
-// the rows are closed, which reading them to their end does.
-func (p *Pool) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
-	c, err := p.Acquire(ctx)
-	if err != nil {
-		return failedRows{err: err}, err
-	}
-	r, err := c.Query(ctx, sql, args...)
-	if err != nil {
-		c.Release()
-		return failedRows{err: err}, err
-	}
-	r.(*rows).open.release = true
-	return r, nil
-}
-
-// QueryRow acquires a connection for one [pgx.Conn.QueryRow]. It is given back by
-// Scan, which must be called; acquire's error is Scan's too.
-func (p *Pool) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
-	c, err := p.Acquire(ctx)
-	if err != nil {
-		return failedRows{err: err}
-	}
-	r := c.QueryRow(ctx, sql, args...)
-	if r, ok := r.(*row); ok {
-		r.open.release = true
-	}
-	return r
-}
-
-// SendBatch acquires a connection for one [pgx.Conn.SendBatch]. It is given back
-// when the results are closed, which must be done; if the batch begins a
-// transaction, when that ends.
-func (p *Pool) SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchResults {
-	c, err := p.Acquire(ctx)
-	if err != nil {
-		return pgx.FailedBatchResults(b, err)
-	}
-	results := c.SendBatch(ctx, b)
-	if begun := results.Tx(); begun != nil {
-		return &txBatch{results, &tx{begun, c}}
-	}
-	if r, ok := results.(*batch); ok {
-		r.open.release = true
-	}
-	return results
-}
-
-// CopyFrom acquires a connection for one [pgx.Conn.CopyFrom].
-func (p *Pool) CopyFrom(ctx context.Context, table pgx.Identifier, columns []string, src pgx.CopyFromSource) (int64, error) {
-	c, err := p.Acquire(ctx)
-	if err != nil {
-		return 0, err
-	}
-	defer c.Release()
-	return c.CopyFrom(ctx, table, columns, src)
-}
-
-// Begin acquires a connection and begins a transaction, which gives it back when
-// it ends.
-func (p *Pool) Begin(ctx context.Context) (pgx.Tx, error) { return p.BeginTx(ctx, pgx.TxOptions{}) }
-
-// BeginTx is [Pool.Begin] with options.
-func (p *Pool) BeginTx(ctx context.Context, opts pgx.TxOptions) (pgx.Tx, error) {
-	c, err := p.Acquire(ctx)
-	if err != nil {
-		return nil, err
-	}
-	t, err := c.BeginTx(ctx, opts)
-	if err != nil {
-		c.Release()
-		return nil, err
-	}
-	return &tx{t, c}, nil
-}
-
-// tx gives its connection back when it ends.
-type tx struct {
-	pgx.Tx
-	conn *Conn
-}
-
-func (t *tx) Commit(ctx context.Context) error {
-	err := t.Tx.Commit(ctx)
-	t.conn.Release()
-	return err
-}
-
-func (t *tx) Rollback(ctx context.Context) error {
-	err := t.Tx.Rollback(ctx)
-	t.conn.Release()
-	return err
-}
-
-// results are rows, a row or a batch's results that are not closed yet.
-type results struct {
-	conn    *Conn
-	release bool // the connection was acquired for them
-}
-
-func (c *Conn) open() results {
-	c.member.rowsOpen.Store(true)
-	return results{conn: c}
-}
-
-// closed notes that they are closed, and gives the connection back if it was
-// acquired for them.
-func (r results) closed() {
-	if r.conn.member.loan.Load() != r.conn.loan {
-		return // it is somebody else's by now
-	}
-	r.conn.member.rowsOpen.Store(false)
-	if r.release {
-		r.conn.Release()
+	c.fresh, c.answeredAt = true, time.Now()
+	if !c.isReadOnly() {
+		c.pool.writes.Store(true)
 	}
 }
 
-type rows struct {
-	pgx.Rows
-	open results
+// isReadOnly reports whether the server is a standby or takes no writes. It costs
+// no round trip, because from Postgres 14 on the server announces each change.
+func (c *conn) isReadOnly() bool {
+	pg := c.pgx.PgConn()
+	return pg.ParameterStatus("in_hot_standby") == "on" || pg.ParameterStatus("default_transaction_read_only") == "on"
 }
 
-func (r *rows) Close() {
-	r.Rows.Close()
-	r.open.closed()
+// announcesReadOnly reports whether isReadOnly can be relied on. Servers before
+// Postgres 14, and some poolers, announce nothing.
+func (c *conn) announcesReadOnly() bool {
+	return c.pgx.PgConn().ParameterStatus("in_hot_standby") != ""
 }
 
-func (r *rows) Next() bool {
-	if r.Rows.Next() {
-		return true
+// demoted reports whether the connection takes no writes although the pool has had
+// one that did: its server has lost its role in a failover. A fresh connection is
+// exempt and is lent once, because there may be no better one.
+func (c *conn) demoted() bool {
+	return !c.fresh && c.pool.writes.Load() && c.isReadOnly()
+}
+
+// expired reports whether the connection's life is over.
+func (c *conn) expired(now time.Time) bool {
+	return !c.recycleAt.IsZero() && now.After(c.recycleAt)
+}
+
+// stale reports whether a fault was noticed since the connection was last verified.
+func (c *conn) stale() bool { return c.verified < c.pool.generation.Load() }
+
+// peekResult is what a look at the socket finds.
+type peekResult int
+
+const (
+	peekQuiet  peekResult = iota // alive, as far as the kernel knows
+	peekUnsure                   // there is something to be read, or the socket can't be peeked at
+	peekDead                     // closed by the other end, or broken
+)
+
+// peek asks the kernel about the connection's socket.
+func (c *conn) peek() peekResult {
+	if c.raw == nil || c.pgx.PgConn().Frontend().ReadBufferLen() > 0 {
+		return peekUnsure // pgx has read ahead what a peek would look for
 	}
-	r.Close()
-	return false
-}
-
-func (r *rows) Scan(dest ...any) error {
-	err := r.Rows.Scan(dest...)
-	if err != nil {
-		r.Close()
+	if err := c.raw.Control(c.peekFD); err != nil {
+		return peekDead
 	}
-	return err
+	return c.peeked
 }
 
-func (r *rows) Values() ([]any, error) {
-	values, err := r.Rows.Values()
-	if err != nil {
-		r.Close()
+// looksAlive reports whether the connection can be lent without a ping.
+func (c *conn) looksAlive(now time.Time) bool {
+	return !c.stale() && now.Sub(c.answeredAt) < c.pool.cfg.PingIdle && !c.demoted() && c.peek() == peekQuiet
+}
+
+// health is what a ping finds.
+type health int
+
+const (
+	alive health = iota
+	dead
+	silent // no answer in time: the network or the whole server may be away
+)
+
+// ping asks the server for an answer, within PingTimeout. It verifies the
+// connection if there is one, and begins a new generation if there is none.
+func (c *conn) ping() health {
+	generation := c.pool.generation.Load()
+	if c.peek() == peekDead {
+		c.pool.newGeneration()
+		return dead
 	}
-	return values, err
+	ctx, cancel := context.WithTimeout(context.Background(), c.pool.cfg.PingTimeout)
+	defer cancel()
+	if err := c.pgx.PgConn().Ping(ctx); err != nil {
+		c.pool.newGeneration()
+		if ctx.Err() != nil {
+			return silent
+		}
+		return dead
+	}
+	if c.demoted() {
+		c.pool.newGeneration()
+		return dead
+	}
+	c.verified, c.answeredAt = generation, time.Now()
+	return alive
 }
 
-type row struct {
-	pgx.Row
-	open results
+// usable reports whether the connection, which is open, can be lent again: it has
+// no open rows and no open transaction.
+func (c *conn) usable() bool {
+	pg := c.pgx.PgConn()
+	return !pg.IsBusy() && pg.TxStatus() == 'I' && !c.demoted()
 }
 
-func (r *row) Scan(dest ...any) error {
-	defer r.open.closed() // also when a Scanner panics
-	return r.Row.Scan(dest...)
+// markBroken notes that a connection on loan is of no more use.
+func (c *conn) markBroken() {
+	if !c.broken {
+		c.broken = true
+		c.borrower.addDeath()
+	}
 }
 
-type batch struct {
-	pgx.BatchResults
-	open results
+// rollbackTimeout is how long rolling back a forgotten transaction may take.
+const rollbackTimeout = 5 * time.Second
+
+// rollBack ends the open transaction. It goes through the pgx.Tx if it can, because
+// that then reports to whoever still has it that it is closed.
+func (c *conn) rollBack() {
+	ctx, cancel := context.WithTimeout(context.Background(), rollbackTimeout)
+	defer cancel()
+	if c.tx != nil && c.tx.Rollback(ctx) == nil {
+		return
+	}
+	if _, err := c.pgx.Exec(ctx, "ROLLBACK"); err != nil {
+		c.broken = true
+	}
 }
 
-func (b *batch) Close() error {
-	err := b.BatchResults.Close()
-	b.open.closed()
-	return err
+// closeTimeout is how long closing a connection may take that is not known to be
+// broken.
+const closeTimeout = time.Second
+
+// terminate is the message of Postgres' protocol that ends a session.
+var terminate = []byte{'X', 0, 0, 0, 4}
+
+// close closes the connection. It closes the socket of a broken one at once,
+// because its server may never answer. Of any other it waits until the server has
+// closed its end, because a successor that comes earlier would be one connection
+// too many there.
+func (c *conn) close(broken bool) {
+	// Hijack takes the connection from pgxpool, because pgxpool's own closing may
+	// take 15 s and keeps the place of the successor as long.
+	c.pooled.Hijack()
+	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+	defer cancel()
+	pg := c.pgx.PgConn()
+	busy := pg.IsBusy()
+	switch {
+	case broken:
+	case pg.IsClosed():
+		// pgx has closed it amid a statement, and is asking the server to cancel
+		// that.
+		select {
+		case <-pg.CleanupDone():
+		case <-ctx.Done():
+		}
+	default:
+		if busy {
+			_ = pg.CancelRequest(ctx)
+		}
+		_ = c.socket.SetDeadline(time.Now().Add(closeTimeout))
+		if _, err := c.socket.Write(terminate); err == nil {
+			_, _ = io.Copy(io.Discard, c.socket)
+		}
+	}
+	_ = c.socket.Close()
+	if !busy { // else a goroutine that its job has forgotten may still use it
+		_ = c.pgx.Close(ctx)
+	}
 }
 
-// txBatch leaves the connection to the transaction that the batch has begun.
-type txBatch struct {
-	pgx.BatchResults
-	tx *tx
+// holderAttrs returns a log's attributes that describe who holds the connection.
+// The caller holds the pool's lock.
+func (c *conn) holderAttrs(now time.Time) []any {
+	var stack strings.Builder
+	frames := runtime.CallersFrames(c.stack[:c.depth])
+	for {
+		f, more := frames.Next()
+		if f.Function != "" {
+			fmt.Fprintf(&stack, "%s\n\t%s:%d\n", f.Function, f.File, f.Line)
+		}
+		if !more {
+			break
+		}
+	}
+	attrs := []any{"held_by", c.borrower.String(), "held_for", now.Sub(c.acquiredAt).Round(time.Millisecond).String()}
+	if c.rowsOpen.Load() {
+		attrs = append(attrs, "rows", "left open")
+	}
+	return append(attrs, "acquired_at", stack.String())
 }
-
-func (b *txBatch) Tx() pgx.Tx { return b.tx }
-
-// failedRows are what there is when no connection could be acquired.
-type failedRows struct {
-	pgx.Rows
-	err error
-}
-
-func (failedRows) Close()                                       {}
-func (r failedRows) Err() error                                 { return r.err }
-func (failedRows) CommandTag() pgconn.CommandTag                { return pgconn.CommandTag{} }
-func (failedRows) FieldDescriptions() []pgconn.FieldDescription { return nil }
-func (failedRows) Next() bool                                   { return false }
-func (r failedRows) Scan(...any) error                          { return r.err }
-func (r failedRows) Values() ([]any, error)                     { return nil, r.err }
-func (failedRows) RawValues() [][]byte                          { return nil }
-func (failedRows) Conn() *pgx.Conn                              { return nil }
-func (failedRows) TypeMap() *pgtype.Map                         { return nil }

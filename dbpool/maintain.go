@@ -7,11 +7,11 @@ import (
 	"time"
 )
 
-// maintainEvery is how often the pool looks after itself.
+// maintainEvery is the pause between two rounds of maintain.
 const maintainEvery = time.Second
 
-// maintain closes overflow that is idle, recycles what is too old, and reports
-// leaks, until the pool is closed.
+// maintain reports leaks, closes the overflow that has been idle long enough, and
+// replaces connections whose life is over, until the pool is closed.
 func (p *Pool) maintain() {
 	tick := time.NewTicker(maintainEvery)
 	defer tick.Stop()
@@ -28,16 +28,18 @@ func (p *Pool) maintain() {
 	}
 }
 
+// reportLeaks logs each connection that has been on loan for LeakAfter, once for
+// each loan.
 func (p *Pool) reportLeaks(now time.Time) {
 	if p.cfg.LeakAfter <= 0 {
 		return
 	}
 	var reports [][]any
 	p.mu.Lock()
-	for m := range p.out {
-		if !m.reported && now.Sub(m.lent) >= p.cfg.LeakAfter && m.loan.Load() != 0 {
-			m.reported = true
-			reports = append(reports, m.holder(now))
+	for c := range p.conns {
+		if c.state == stateAcquired && !c.reported && now.Sub(c.acquiredAt) >= p.cfg.LeakAfter && c.loan.Load() != 0 {
+			c.reported = true
+			reports = append(reports, c.holderAttrs(now))
 		}
 	}
 	p.mu.Unlock()
@@ -46,35 +48,37 @@ func (p *Pool) reportLeaks(now time.Time) {
 	}
 }
 
-// closeOneOverflow closes the connection that was idle longest, if there are
-// more than Size and it has been idle for OverflowIdle.
+// closeOneOverflow closes the connection that has been idle longest, if more than
+// Size are open and it has been idle for OverflowIdle. It reports whether it did.
 func (p *Pool) closeOneOverflow(now time.Time) bool {
 	p.mu.Lock()
-	if p.open() <= p.cfg.Size || len(p.idle) == 0 || now.Sub(p.idle[0].idleSince) < p.cfg.OverflowIdle {
+	if len(p.conns) <= p.cfg.Size || len(p.idle) == 0 || now.Sub(p.idle[0].idleSince) < p.cfg.OverflowIdle {
 		p.mu.Unlock()
 		return false
 	}
-	m := p.setAside(0)
+	c := p.idle[0]
+	p.setState(c, stateDetached)
 	p.mu.Unlock()
-	p.dispose(m, closedOverflow)
+	p.destroy(c, closedOverflow)
 	return true
 }
 
 // recycleGap is the least time between two connections that are closed for their
-// age. When many are too old at once, as after a machine's sleep, they go in turn,
-// so that the pool isn't emptied; all of them within a tenth of their life.
+// age. It keeps the pool from being emptied when the life of many ends at once, as
+// after a machine's sleep, and lets all of them go within a tenth of their life.
 func (p *Pool) recycleGap() time.Duration {
 	return min(time.Second, p.cfg.Recycle/10/time.Duration(p.cfg.Size+p.cfg.MaxOverflow))
 }
 
-// mayRecycle reports whether it is the turn of a connection that is too old to be
-// closed, and if so takes the turn.
+// mayRecycle reports whether a connection may be closed for its age now, and if so
+// begins the next recycleGap.
 func (p *Pool) mayRecycle(now time.Time) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.mayRecycleLocked(now)
 }
 
+// mayRecycleLocked is mayRecycle for a caller that holds the lock.
 func (p *Pool) mayRecycleLocked(now time.Time) bool {
 	if now.Sub(p.recycledAt) < p.recycleGap() {
 		return false
@@ -83,14 +87,14 @@ func (p *Pool) mayRecycleLocked(now time.Time) bool {
 	return true
 }
 
-// recycleOne replaces one idle connection that is at the end of its life.
+// recycleOne replaces one idle connection whose life is over.
 func (p *Pool) recycleOne(now time.Time) {
 	p.mu.Lock()
-	for i, m := range p.idle {
-		if m.expired(now) && p.mayRecycleLocked(now) {
-			p.setAside(i)
+	for _, c := range p.idle {
+		if c.expired(now) && p.mayRecycleLocked(now) {
+			p.setState(c, stateDetached)
 			p.mu.Unlock()
-			p.dispose(m, closedRecycled)
+			p.destroy(c, closedRecycled)
 			if _, err := p.refill(p.ctx, 1); err != nil && p.ctx.Err() == nil {
 				p.log.Warn("a connection was recycled, but no new one could be opened", "error", err)
 			}
@@ -100,50 +104,47 @@ func (p *Pool) recycleOne(now time.Time) {
 	p.mu.Unlock()
 }
 
-// setAside takes an idle connection out of reach. The caller holds the lock.
-func (p *Pool) setAside(i int) *member {
-	m := p.idle[i]
-	p.idle = append(p.idle[:i], p.idle[i+1:]...)
-	p.aside++
-	return m
-}
-
-// refill opens up to n connections, one after another, until Size are open, and
-// returns how many it opened and the first error.
+// refill opens up to n connections, one after another, until Size are open. It
+// returns how many it opened, and stops at the first error.
 func (p *Pool) refill(ctx context.Context, n int) (opened int, err error) {
 	for opened < n && ctx.Err() == nil {
 		p.mu.Lock()
-		if p.closed || p.open() >= p.cfg.Size {
+		if p.closed || len(p.conns) >= p.cfg.Size {
 			p.mu.Unlock()
 			return opened, nil
 		}
-		p.opening++
+		c := p.newConn()
 		p.mu.Unlock()
 		done := make(chan error, 1)
-		go func() { done <- p.openOne() }()
+		go func() { done <- p.connect(c) }()
 		select {
 		case err := <-done:
 			if err != nil {
 				return opened, err
 			}
 			opened++
-		case <-ctx.Done(): // the connection will be of use all the same
+		case <-ctx.Done(): // the attempt goes on, because its connection will be of use
 		}
 	}
 	return opened, ctx.Err()
 }
 
-// Validation is what [Pool.Validate] did.
+// Validation is what [Pool.Validate] did. The pool is sound if Errors is 0.
 type Validation struct {
-	// Checked idle connections were asked for an answer; Replaced were dead or at
-	// the end of their life, and new ones were opened.
-	Checked, Replaced int
-	// Errors counts connections that could not be opened.
+	// Checked counts the idle connections that were looked at.
+	Checked int
+	// Replaced counts the new connections that were opened in place of those that
+	// were dead or whose life was over.
+	Replaced int
+	// Errors counts the connections that could not be opened. It is 0 or 1, because
+	// the first failure ends the attempts.
 	Errors int
-	Took   time.Duration
+	// Took is how long the validation took.
+	Took time.Duration
 }
 
-// MarshalJSON writes checked, replaced, errors, and took_ms in milliseconds.
+// MarshalJSON writes an object with the numbers checked, replaced, errors and
+// took_ms, the last in milliseconds.
 func (v Validation) MarshalJSON() ([]byte, error) {
 	return json.Marshal(struct {
 		Checked  int   `json:"checked"`
@@ -153,12 +154,18 @@ func (v Validation) MarshalJSON() ([]byte, error) {
 	}{v.Checked, v.Replaced, v.Errors, v.Took.Milliseconds()})
 }
 
-// Validate asks each idle connection for an answer, the longest idle first and
-// one at a time, so that all others stay within reach; once one is silent for
-// Config.PingTimeout, all suspects at once. It closes those that don't answer, and
-// opens new ones up to Config.Size.
-// A server that is away is no error, but counted in the result; the error is
-// ctx's, or [ErrClosed].
+// Validate pings each idle connection, closes those that are dead or whose life is
+// over, and opens new ones until Config.Size are open. It is for a clock to call,
+// every minute or so; the pool does not call it.
+//
+// It takes one connection at a time, the longest idle first, because all others
+// stay available to callers of Acquire meanwhile. Once one is silent for
+// Config.PingTimeout, it takes all that are stale at once, because each of them may
+// be silent as long.
+//
+// A server that is away is counted in the result and is no error. The error is the
+// cause of ctx's end or [ErrClosed], wrapped; with it, the result tells what was
+// done so far.
 func (p *Pool) Validate(ctx context.Context) (Validation, error) {
 	began := time.Now()
 	var v Validation
@@ -166,40 +173,40 @@ func (p *Pool) Validate(ctx context.Context) (Validation, error) {
 	p.validations++
 	run := p.validations
 	p.mu.Unlock()
-	replace := 0 // dead, or too old
+	replace := 0 // those that were dead, or whose life was over
 	for {
 		if err := ctx.Err(); err != nil {
 			return v, fmt.Errorf("dbpool: validate: %w", context.Cause(ctx))
 		}
-		m, err := p.nextToValidate(run)
+		c, err := p.nextToValidate(run)
 		if err != nil {
 			return v, fmt.Errorf("dbpool: validate: %w", err)
 		}
-		if m == nil {
+		if c == nil {
 			break
 		}
 		v.Checked++
-		if now := time.Now(); m.expired(now) && p.mayRecycle(now) {
+		if now := time.Now(); c.expired(now) && p.mayRecycle(now) {
 			replace++
-			p.dispose(m, closedRecycled)
+			p.destroy(c, closedRecycled)
 			continue
 		}
-		h := m.ping()
+		h := c.ping()
 		if h == alive {
-			p.bringBack(m)
+			p.putBack(c)
 			continue
 		}
 		replace++
-		p.dispose(m, closedBroken)
+		p.destroy(c, closedBroken)
 		if h == silent {
-			suspects := p.setSuspectsAside()
-			for _, m := range suspects {
-				if m.validated < run {
-					m.validated = run
+			stale := p.detachStale()
+			for _, c := range stale {
+				if c.validation < run {
+					c.validation = run
 					v.Checked++
 				}
 			}
-			replace += p.ask(suspects)
+			replace += p.pingAll(stale)
 		}
 	}
 	opened, err := p.refill(ctx, p.cfg.Size)
@@ -215,18 +222,19 @@ func (p *Pool) Validate(ctx context.Context) (Validation, error) {
 	return v, nil
 }
 
-// nextToValidate sets aside the idle connection that this validation has not
-// looked at and that was idle longest; nil if there is none.
-func (p *Pool) nextToValidate(run uint64) (*member, error) {
+// nextToValidate detaches the connection that has been idle longest of those that
+// the validation of this number has yet to look at. It returns nil if there is none.
+func (p *Pool) nextToValidate(run uint64) (*conn, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.closed {
 		return nil, ErrClosed
 	}
-	for i, m := range p.idle {
-		if m.validated < run {
-			m.validated = run
-			return p.setAside(i), nil
+	for _, c := range p.idle {
+		if c.validation < run {
+			c.validation = run
+			p.setState(c, stateDetached)
+			return c, nil
 		}
 	}
 	return nil, nil

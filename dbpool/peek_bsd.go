@@ -4,8 +4,9 @@ package dbpool
 
 import "syscall"
 
-// peek looks at the socket without taking anything from it and without waiting.
-func peek(fd uintptr) peeked {
+// peek asks the kernel what there is to be read from the socket, takes nothing of it,
+// and does not wait.
+func peek(fd uintptr) peekResult {
 	var b [1]byte
 	n, _, err := syscall.Recvfrom(int(fd), b[:], syscall.MSG_PEEK|syscall.MSG_DONTWAIT)
 	switch {
@@ -18,5 +19,5 @@ func peek(fd uintptr) peeked {
 	}
 }
 
-// setUserTimeout does nothing: TCP_USER_TIMEOUT is Linux's own.
+// setUserTimeout does nothing, because only Linux has TCP_USER_TIMEOUT.
 func setUserTimeout(string, string, syscall.RawConn) error { return nil }

@@ -6,8 +6,9 @@ import (
 	"unsafe"
 )
 
-// peek looks at the socket without taking anything from it and without waiting.
-func peek(fd uintptr) peeked {
+// peek asks the kernel what there is to be read from the socket, takes nothing of it,
+// and does not wait.
+func peek(fd uintptr) peekResult {
 	var b [1]byte
 	n, _, errno := syscall.RawSyscall6(syscall.SYS_RECVFROM, fd, uintptr(unsafe.Pointer(&b[0])), 1,
 		syscall.MSG_PEEK|syscall.MSG_DONTWAIT, 0, 0)
@@ -25,6 +26,8 @@ func peek(fd uintptr) peeked {
 
 const tcpUserTimeout = 0x12 // TCP_USER_TIMEOUT in linux/tcp.h
 
+// setUserTimeout bounds how long sent data may stay unacknowledged, because keepalive
+// probes are silent while there is such data.
 func setUserTimeout(network, _ string, c syscall.RawConn) error {
 	if network == "unix" {
 		return nil

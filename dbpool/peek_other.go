@@ -4,7 +4,9 @@ package dbpool
 
 import "syscall"
 
-// peek has no portable form: the check falls back to a ping.
-func peek(uintptr) peeked { return peekUnsure }
+// peek is always unsure, because there is no portable way to look at a socket. The
+// check then pings.
+func peek(uintptr) peekResult { return peekUnsure }
 
+// setUserTimeout does nothing, because only Linux has TCP_USER_TIMEOUT.
 func setUserTimeout(string, string, syscall.RawConn) error { return nil }

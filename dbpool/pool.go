@@ -1,3 +1,27 @@
+// Package dbpool is a pool of Postgres connections that checks a connection
+// before it lends it, bounds every wait, and knows who holds what.
+//
+// It is for any Go program that uses Postgres through pgx and has to go on
+// working when its server restarts or its network fails. A carpool task gets the
+// worker's pool with its job; any other program opens one with [Open]. [Pool] and
+// [Conn] have pgx's methods (Exec, Query, QueryRow, SendBatch, CopyFrom, Begin), so
+// code written for a pgxpool.Pool or a pgx.Conn works on them.
+//
+// Connections are opened by pgx's pgxpool. The pool adds to it:
+//
+//   - a check before each loan that costs no round trip in most cases
+//     ([Config].PrePing);
+//   - a check of all others once one connection is found dead, so that the next
+//     caller gets none that died with it;
+//   - waiters that are served in order, and a [TimeoutError] that names those who
+//     hold the connections;
+//   - accounts for each user of the pool, whose forgotten connections it takes
+//     back ([Pool.Track]);
+//   - a regular check of what is idle ([Pool.Validate]) and a consistent snapshot
+//     of the figures ([Pool.Stats]).
+//
+// Its settings are those of SQLAlchemy's QueuePool: a size that is kept, an
+// overflow for load, a bounded wait, recycling, and the check before each loan.
 package dbpool
 
 import (
@@ -7,7 +31,6 @@ import (
 	"fmt"
 	"log/slog"
 	"runtime"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -15,17 +38,21 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// ErrClosed is wrapped by the errors of a pool that was closed.
+// ErrClosed is wrapped by the errors of a pool that was closed, those of callers
+// that were waiting for a connection included.
 var ErrClosed = errors.New("the pool is closed")
 
-// Pool lends connections. It is safe for concurrent use.
+// Pool lends connections to Postgres. It is made by [Open], must be closed, and is
+// safe for concurrent use; its zero value is of no use.
 //
-// pgxpool opens the connections. The pool keeps those that are idle itself, so
-// that one lock decides who gets which: the one used last is lent first, waiters
-// are served in their order, and the one idle longest is validated or closed.
+// The connection used last is lent first, so that the others can go idle and the
+// overflow can be closed. Callers that have to wait are served in order.
+//
+// The methods that run a statement acquire a connection for it, as [Pool.Acquire]
+// does and with its errors, and release it afterwards.
 type Pool struct {
 	cfg         Config
-	px          *pgxpool.Pool
+	px          *pgxpool.Pool // opens connections; which of them is lent is decided here
 	log         *slog.Logger
 	ctx         context.Context // ends when the pool is closed
 	cancel      context.CancelFunc
@@ -33,48 +60,52 @@ type Pool struct {
 
 	sockets sockets
 
-	// deaths counts what told that connections may be dead. It only grows; a
-	// connection proven before the last one is a suspect.
-	deaths atomic.Uint64
-	loans  atomic.Uint64
-	// writes is true once a connection was open that takes writes.
+	// generation grows with each fault that other connections may have suffered
+	// too. A connection that was verified in an earlier generation is stale.
+	generation atomic.Uint64
+	loans      atomic.Uint64
+	// writes is true once a connection was opened that takes writes.
 	writes atomic.Bool
 	waits  [6]atomic.Uint64 // see Counts.Waits
 	waited atomic.Uint64    // acquires that waited in line
 
-	mu          sync.Mutex // guards what follows
-	idle        []*member  // the longest idle first
-	out         map[*member]struct{}
-	opening     int       // connections under construction
-	aside       int       // connections being validated or closed
+	mu sync.Mutex // guards what follows
+	// conns are all connections that are not closed, idle those in stateIdle, the
+	// longest idle first. count has the number of conns in each state but
+	// stateClosed. Only setState changes the three.
+	conns       map[*conn]struct{}
+	idle        []*conn
+	count       [numStates]int
 	waiters     list.List // of *waiter, the first come first
 	validations uint64
 	recycledAt  time.Time // when a connection was last closed for its age
 	connectErr  error     // of the last attempt, nil if it succeeded
-	holdOff     bool      // after it failed, while others may be given back
+	backingOff  bool      // from connecting, because the last attempt failed
 	closed      bool
 	counts      Counts
 }
 
-// waiter waits for a connection, or for the reason why there is none.
+// waiter is a caller of Acquire that waits for a connection.
 type waiter struct {
-	ch       chan handover // of one place, so that nobody waits for the waiter
+	ch       chan handover // has room for one, so that the sender goes on at once
 	borrower *Borrower
 	since    time.Time
 }
 
+// handover is what a waiter gets: a connection, or the reason why there is none.
 type handover struct {
-	member *member
-	err    error
+	conn *conn
+	err  error
 }
 
-// Open makes a pool. It connects to nothing yet; [Pool.Ping] does. The error
-// names every fault of the configuration.
+// Open makes a pool. It connects to nothing and does not use ctx; the first
+// connection is opened by [Pool.Ping] or by whatever else needs one. The error
+// names every fault of the configuration, as [Config.Validate] does.
 func Open(_ context.Context, cfg Config) (*Pool, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
-	p := &Pool{cfg: cfg, log: cfg.Logger, out: make(map[*member]struct{})}
+	p := &Pool{cfg: cfg, log: cfg.Logger, conns: make(map[*conn]struct{})}
 	if p.log == nil {
 		p.log = slog.Default()
 	}
@@ -91,13 +122,18 @@ func Open(_ context.Context, cfg Config) (*Pool, error) {
 	return p, nil
 }
 
-// Config returns what the pool was made with.
+// Config returns what the pool was made with. Its URL may hold a password.
 func (p *Pool) Config() Config { return p.cfg }
 
-// Acquire lends a connection until [Conn.Release]. It waits for at most
-// Config.Timeout and no longer than ctx; then the error is a [*TimeoutError], or
-// wraps the cause of ctx's end. It wraps [ErrClosed] once the pool is closed, and
-// is what connecting failed with if that is why there is no connection.
+// Acquire lends a connection until [Conn.Release] is called. It waits for one for at
+// most [Config].Timeout, the opening of a new one included; each ping of one that it
+// gets adds at most PingTimeout. It never waits longer than ctx. The error is
+//
+//   - a [*TimeoutError] if no connection came free in time;
+//   - the cause of ctx's end, wrapped, if ctx ended first;
+//   - what connecting failed with, wrapped, if no connection is open and none can
+//     be opened: a [github.com/jackc/pgx/v5/pgconn.ConnectError], mostly;
+//   - [ErrClosed], wrapped, once the pool is closed.
 func (p *Pool) Acquire(ctx context.Context) (*Conn, error) {
 	c := new(Conn)
 	if err := p.acquire(ctx, c); err != nil {
@@ -106,23 +142,23 @@ func (p *Pool) Acquire(ctx context.Context) (*Conn, error) {
 	return c, nil
 }
 
-func (p *Pool) acquire(ctx context.Context, c *Conn) error {
+func (p *Pool) acquire(ctx context.Context, handle *Conn) error {
 	began := time.Now()
 	borrower, _ := ctx.Value(borrowerKey{}).(*Borrower)
 	a := acquirer{pool: p, ctx: ctx, borrower: borrower, began: began, now: began}
-	m, err := a.run()
+	c, err := a.run()
 	if a.giveUp != nil {
 		a.giveUp.Stop()
 	}
 	if err == nil {
-		p.lend(m, c, a.now.Sub(began), a.waited)
+		p.lend(c, handle, a.now.Sub(began), a.waited)
 		return nil
 	}
 	if borrower != nil {
-		borrower.waitedInVain(time.Since(began))
+		borrower.addWait(time.Since(began))
 	}
 	if _, ok := errors.AsType[*TimeoutError](err); ok {
-		return fmt.Errorf("dbpool: %w", err) // it says the rest itself
+		return fmt.Errorf("dbpool: %w", err) // its text says what was tried
 	}
 	return fmt.Errorf("dbpool: acquire: %w", err)
 }
@@ -133,82 +169,88 @@ type acquirer struct {
 	ctx      context.Context
 	borrower *Borrower
 	began    time.Time
-	now      time.Time // not asked for while nothing takes time: it costs as much as the rest
-	giveUp   *time.Timer
-	waited   bool
-	again    bool // it had a connection that could not be lent
+	// now is read anew only after something that takes time, because reading the
+	// clock costs as much as the rest of acquiring an idle connection.
+	now    time.Time
+	giveUp *time.Timer
+	waited bool
+	again  bool // it was served before, with a connection that could not be lent
 }
 
-// run returns a connection that is out and can be lent.
-func (a *acquirer) run() (*member, error) {
+// run returns an acquired connection that can be lent. It takes one after
+// another until it has such a one.
+func (a *acquirer) run() (*conn, error) {
 	p := a.pool
 	recycled := false
 	for ; ; a.again = true {
-		m, err := a.take()
+		c, err := a.take()
 		if err != nil {
 			return nil, err
 		}
 		switch {
 		case p.ctx.Err() != nil:
-			p.discard(m, closedOthers)
+			p.detach(c)
+			p.destroy(c, closedWithPool)
 			return nil, ErrClosed
-		case m.expired(a.now) && !recycled && p.mayRecycle(a.now):
-			recycled = true // one for each caller, or a very short life would have no end
-			p.discardSoon(m, closedRecycled)
+		case c.expired(a.now) && !recycled && p.mayRecycle(a.now):
+			recycled = true // once for each caller, because a very short Recycle would keep it here for ever
+			p.detach(c)
+			go p.destroy(c, closedRecycled)
 			continue
-		case !p.cfg.PrePing || m.looksAlive(a.now):
-			return m, nil
+		case !p.cfg.PrePing || c.looksAlive(a.now):
+			return c, nil
 		}
-		h, err := a.ping(m)
+		health, err := a.ping(c)
 		if err != nil {
 			return nil, err
 		}
-		switch h {
-		case alive:
-			return m, nil
-		case silent:
-			p.discard(m, closedBroken)
-			suspects := p.setSuspectsAside()
-			go p.ask(suspects)
-		default:
-			p.discard(m, closedBroken)
+		if health == alive {
+			return c, nil
+		}
+		p.detach(c)
+		p.destroy(c, closedBroken)
+		if health == silent {
+			stale := p.detachStale()
+			go p.pingAll(stale)
 		}
 	}
 }
 
-// ping asks the server about a connection, for no longer than the caller's
-// context. If that ends first, the connection goes on without the caller.
-func (a *acquirer) ping(m *member) (health, error) {
+// ping pings an acquired connection, for no longer than the caller's context. If
+// that ends first, the ping goes on without the caller, because its result is of
+// use to the next one.
+func (a *acquirer) ping(c *conn) (health, error) {
 	defer func() { a.now = time.Now() }()
 	p := a.pool
 	if a.ctx.Done() == nil {
-		return m.ping(), nil
+		return c.ping(), nil
 	}
-	answer := make(chan health, 1)
-	go func() { answer <- m.ping() }()
+	pinged := make(chan health, 1)
+	go func() { pinged <- c.ping() }()
 	select {
-	case h := <-answer:
+	case h := <-pinged:
 		return h, nil
 	case <-a.ctx.Done():
-		p.setOutAside(m)
+		p.detach(c)
 		go func() {
-			switch <-answer {
-			case alive:
-				p.bringBack(m)
-			case silent:
-				p.dispose(m, closedBroken)
-				p.ask(p.setSuspectsAside())
-			default:
-				p.dispose(m, closedBroken)
+			h := <-pinged
+			if h == alive {
+				p.putBack(c)
+				return
+			}
+			p.destroy(c, closedBroken)
+			if h == silent {
+				p.pingAll(p.detachStale())
 			}
 		}()
 		return dead, context.Cause(a.ctx)
 	}
 }
 
-// take returns the connection that was used last; if there is none, or others
-// wait for one, it waits in line, at its head if it was served before.
-func (a *acquirer) take() (*member, error) {
+// take acquires the idle connection that was used last. If none is idle, or if
+// others wait already, it joins the line of waiters: at its head if it was served
+// before, because its turn had come then, else at its end.
+func (a *acquirer) take() (*conn, error) {
 	if a.ctx.Err() != nil {
 		return nil, context.Cause(a.ctx)
 	}
@@ -219,12 +261,10 @@ func (a *acquirer) take() (*member, error) {
 		return nil, ErrClosed
 	}
 	if last := len(p.idle) - 1; last >= 0 && (a.again || p.waiters.Len() == 0) {
-		m := p.idle[last]
-		p.idle[last] = nil
-		p.idle = p.idle[:last]
-		p.takeOut(m, a.borrower, a.now)
+		c := p.idle[last]
+		p.acquireLocked(c, a.borrower, a.now)
 		p.mu.Unlock()
-		return m, nil
+		return c, nil
 	}
 	a.waited = true
 	w := &waiter{ch: make(chan handover, 1), borrower: a.borrower, since: time.Now()}
@@ -234,7 +274,7 @@ func (a *acquirer) take() (*member, error) {
 	} else {
 		place = p.waiters.PushBack(w)
 	}
-	p.openForWaiters()
+	p.connectForWaiters()
 	p.mu.Unlock()
 
 	if a.giveUp == nil {
@@ -244,7 +284,7 @@ func (a *acquirer) take() (*member, error) {
 	var reason error
 	select {
 	case h := <-w.ch:
-		return h.member, h.err
+		return h.conn, h.err
 	case <-a.ctx.Done():
 		reason = context.Cause(a.ctx)
 	case <-a.giveUp.C:
@@ -254,13 +294,10 @@ func (a *acquirer) take() (*member, error) {
 	select {
 	case h := <-w.ch: // at the last moment
 		if reason == nil {
-			return h.member, h.err
+			return h.conn, h.err
 		}
-		if h.member != nil {
-			delete(p.out, h.member)
-			if !p.give(h.member) {
-				go p.dispose(h.member, closedOthers)
-			}
+		if h.conn != nil && !p.putBackLocked(h.conn) {
+			go p.destroy(h.conn, closedWithPool)
 		}
 		return nil, reason
 	default:
@@ -273,67 +310,16 @@ func (a *acquirer) take() (*member, error) {
 	return nil, reason
 }
 
-// setSuspectsAside takes the idle suspects out of reach, to be asked.
-func (p *Pool) setSuspectsAside() []*member {
-	deaths := p.deaths.Load()
-	var suspects []*member
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	kept := p.idle[:0]
-	for _, m := range p.idle {
-		if m.proven < deaths {
-			suspects = append(suspects, m)
-		} else {
-			kept = append(kept, m)
-		}
-	}
-	clear(p.idle[len(kept):])
-	p.idle = kept
-	p.aside += len(suspects)
-	return suspects
-}
-
-// ask asks connections that are aside for an answer, all at once: one of them was
-// silent for a whole PingTimeout, and to ask the others in turn would take as
-// long each. If they take up all places, one is closed unasked, so that a new
-// connection can be tried meanwhile. It returns how many were closed.
-func (p *Pool) ask(suspects []*member) int {
-	p.mu.Lock()
-	full := p.open() >= p.cfg.Size+p.cfg.MaxOverflow
-	p.mu.Unlock()
-
-	var closed atomic.Int64
-	var asked sync.WaitGroup
-	for i, m := range suspects {
-		asked.Go(func() {
-			if full && i == 0 || m.ping() != alive {
-				closed.Add(1)
-				p.dispose(m, closedBroken)
-			} else {
-				p.bringBack(m)
-			}
-		})
-	}
-	asked.Wait()
-	return int(closed.Load())
-}
-
-// takeOut marks a connection as out. The caller holds the lock.
-func (p *Pool) takeOut(m *member, b *Borrower, now time.Time) {
-	m.lent, m.borrower, m.reported = now, b, false
-	p.out[m] = struct{}{}
-}
-
-// lend begins the loan of a connection that is out and was checked.
-func (p *Pool) lend(m *member, c *Conn, wait time.Duration, waited bool) {
-	m.queries, m.broken, m.wasShut, m.tx = 0, false, false, nil
+// lend begins the loan of an acquired connection, which was checked.
+func (p *Pool) lend(c *conn, handle *Conn, wait time.Duration, waited bool) {
+	c.queries, c.broken, c.wasClosed, c.tx = 0, false, false, nil
 	if p.cfg.LeakAfter > 0 {
-		m.depth = runtime.Callers(3, m.stack[:])
+		c.depth = runtime.Callers(3, c.stack[:])
 	}
-	c.member, c.loan = m, p.loans.Add(1)
-	m.loan.Store(c.loan)
-	if m.borrower != nil {
-		m.borrower.took(m, wait)
+	handle.conn, handle.loan = c, p.loans.Add(1)
+	c.loan.Store(handle.loan)
+	if c.borrower != nil {
+		c.borrower.addLoan(c, wait)
 	}
 	p.observeWait(wait)
 	if waited {
@@ -341,71 +327,79 @@ func (p *Pool) lend(m *member, c *Conn, wait time.Duration, waited bool) {
 	}
 }
 
-// giveBack ends a loan. A connection that lives, but can't be lent again, is
-// closed for the reason given.
-func (p *Pool) giveBack(m *member, reason closedFor) {
+// release ends the loan of an acquired connection, and puts it back if it can be
+// lent again. If it lives but is left in a state in which it can't, it is closed
+// for the reason given.
+func (p *Pool) release(c *conn, reason closeReason) {
 	now := time.Now()
-	if b := m.borrower; b != nil {
-		b.gave(m, now.Sub(m.lent))
+	if b := c.borrower; b != nil {
+		b.endLoan(c, now.Sub(c.acquiredAt))
 	}
-	m.fresh = false
+	c.fresh = false
 	switch {
-	case m.broken:
-		p.discard(m, closedBroken)
-	case m.conn.IsClosed() || !m.usable():
-		p.discardSoon(m, reason)
-	case m.expired(now) && p.mayRecycle(now):
-		p.discardSoon(m, closedRecycled)
+	case c.broken:
+		p.detach(c)
+		p.destroy(c, closedBroken)
+	case c.pgx.IsClosed() || !c.usable():
+		p.detach(c)
+		go p.destroy(c, reason) // in the background, because it waits for the server
+	case c.expired(now) && p.mayRecycle(now):
+		p.detach(c)
+		go p.destroy(c, closedRecycled)
 	default:
-		m.idleSince = now
-		p.putBack(m)
+		c.idleSince = now
+		p.putBack(c)
 	}
 }
 
-// putBack takes back a connection that is out.
-func (p *Pool) putBack(m *member) {
+// newGeneration makes all connections stale, so that each is pinged before it is
+// lent next.
+func (p *Pool) newGeneration() { p.generation.Add(1) }
+
+// detachStale takes the stale ones from the idle connections, to be pinged.
+func (p *Pool) detachStale() []*conn {
 	p.mu.Lock()
-	delete(p.out, m)
-	kept := p.give(m)
-	p.mu.Unlock()
-	if !kept {
-		p.dispose(m, closedOthers)
+	defer p.mu.Unlock()
+	var stale []*conn
+	for _, c := range p.idle {
+		if c.stale() {
+			stale = append(stale, c)
+		}
 	}
+	for _, c := range stale {
+		p.setState(c, stateDetached)
+	}
+	return stale
 }
 
-// bringBack takes back a connection that is aside.
-func (p *Pool) bringBack(m *member) {
+// pingAll pings detached connections, all at once because each that is silent
+// takes a whole PingTimeout, as another one just did. It puts back those that
+// answer, closes the others, and returns how many it closed. If the pool is full,
+// it closes one of them without a ping, because a new connection, which may
+// succeed meanwhile, needs its place.
+func (p *Pool) pingAll(conns []*conn) int {
 	p.mu.Lock()
-	p.aside--
-	kept := p.give(m)
+	full := len(p.conns) >= p.cfg.Size+p.cfg.MaxOverflow
 	p.mu.Unlock()
-	if !kept {
-		p.dispose(m, closedOthers)
+
+	var closed atomic.Int64
+	var pings sync.WaitGroup
+	for i, c := range conns {
+		pings.Go(func() {
+			if full && i == 0 || c.ping() != alive {
+				closed.Add(1)
+				p.destroy(c, closedBroken)
+			} else {
+				p.putBack(c)
+			}
+		})
 	}
+	pings.Wait()
+	return int(closed.Load())
 }
 
-// give hands a connection to the first who waits, or keeps it idle. If the pool
-// is closed it does neither: the caller must dispose of it. The caller holds the
-// lock, and the connection is neither idle nor out nor aside.
-func (p *Pool) give(m *member) (kept bool) {
-	if p.closed {
-		p.aside++
-		return false
-	}
-	if w := p.nextWaiter(); w != nil {
-		p.takeOut(m, w.borrower, time.Now())
-		w.ch <- handover{member: m}
-		return true
-	}
-	// Mostly at the end, but a connection that was validated keeps its place.
-	i := len(p.idle)
-	for i > 0 && p.idle[i-1].idleSince.After(m.idleSince) {
-		i--
-	}
-	p.idle = slices.Insert(p.idle, i, m)
-	return true
-}
-
+// nextWaiter takes the first waiter from the line; it is nil if nobody waits. The
+// caller holds the lock.
 func (p *Pool) nextWaiter() *waiter {
 	e := p.waiters.Front()
 	if e == nil {
@@ -414,133 +408,83 @@ func (p *Pool) nextWaiter() *waiter {
 	return p.waiters.Remove(e).(*waiter)
 }
 
-// closedFor is why a connection is closed.
-type closedFor int
-
-const (
-	closedOthers   closedFor = iota // the pool is closed
-	closedBroken                    // it is dead
-	closedUnfit                     // it was given back in a bad state
-	closedRecycled                  // its life is over
-	closedOverflow                  // it is idle and beyond the size
-	closedLeaked                    // it was not given back, and was left in a bad state
-)
-
-// discard closes a connection that is out.
-func (p *Pool) discard(m *member, reason closedFor) {
-	p.setOutAside(m)
-	p.dispose(m, reason)
-}
-
-// discardSoon does so without letting the caller wait for the server.
-func (p *Pool) discardSoon(m *member, reason closedFor) {
-	p.setOutAside(m)
-	go p.dispose(m, reason)
-}
-
-func (p *Pool) setOutAside(m *member) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	delete(p.out, m)
-	p.aside++
-}
-
-// dispose closes a connection that is aside, and lets another one have its
-// place.
-func (p *Pool) dispose(m *member, reason closedFor) {
-	m.close(reason == closedBroken)
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.aside--
-	switch reason {
-	case closedBroken, closedUnfit:
-		p.counts.ClosedBroken++
-	case closedRecycled:
-		p.counts.ClosedRecycled++
-	case closedOverflow:
-		p.counts.ClosedOverflow++
-	case closedLeaked:
-		p.counts.ClosedLeaked++
-	}
-	p.openForWaiters()
-}
-
-// open is the number of connections on the server, those on the way included.
+// connectForWaiters opens a connection for each waiter, as far as the limits go.
 // The caller holds the lock.
-func (p *Pool) open() int { return len(p.idle) + len(p.out) + p.opening + p.aside }
-
-// openForWaiters opens a connection for each who waits, as far as the limits go.
-// The caller holds the lock.
-func (p *Pool) openForWaiters() {
-	for !p.closed && !p.holdOff && p.opening < p.waiters.Len() && p.open() < p.cfg.Size+p.cfg.MaxOverflow {
-		p.opening++
-		go func() { _ = p.openOne() }()
+func (p *Pool) connectForWaiters() {
+	for !p.closed && !p.backingOff && p.count[stateConnecting] < p.waiters.Len() && len(p.conns) < p.cfg.Size+p.cfg.MaxOverflow {
+		c := p.newConn()
+		go func() { _ = p.connect(c) }()
 	}
 }
 
-// openAgainAfter is the pause after an attempt to connect that failed while
+// newConn returns a connection in stateConnecting, for connect to open. The caller
+// holds the lock.
+func (p *Pool) newConn() *conn {
+	c := &conn{pool: p}
+	p.setState(c, stateConnecting)
+	return c
+}
+
+// connectBackoff is the pause after an attempt to connect that failed while
 // other connections are open.
-const openAgainAfter = 250 * time.Millisecond
+const connectBackoff = 250 * time.Millisecond
 
-// openOne opens the connection that p.opening was counted up for, and gives it to
-// who waits first. It isn't bound to that caller's context: when the caller gives
-// up, the next one has the use of it.
+// connect opens a connection and puts it into the pool. It is bound to the pool's
+// context alone, because the connection is of use to the next waiter when the one
+// it was opened for gives up.
 //
-// A failure is told to who waits first, if no connection is open that he could
-// get in its stead, and if he was waiting when the attempt began: for one who
-// came later another is made.
-func (p *Pool) openOne() error {
+// If it fails, the first waiter gets the error, provided that no other connection
+// is open that may come free for him, and that he was waiting when the attempt
+// began; for one who came later another attempt is made.
+func (p *Pool) connect(c *conn) error {
 	began := time.Now()
-	c, err := p.px.Acquire(p.ctx)
-	var m *member
+	c.verified = p.generation.Load()
+	pooled, err := p.px.Acquire(context.WithValue(p.ctx, connKey{}, c))
 	if err == nil {
-		m = memberOf(c.Conn())
-		m.attach(c)
+		c.attach(pooled)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.opening--
 	p.connectErr = err
 	if err == nil {
 		p.counts.Opened++
-		m.idleSince = m.provenAt
-		if !p.give(m) {
-			go p.dispose(m, closedOthers)
+		c.idleSince = c.answeredAt
+		if !p.putBackLocked(c) {
+			go p.destroy(c, closedWithPool)
 			return ErrClosed
 		}
 		return nil
 	}
+	p.setState(c, stateClosed)
 	p.counts.ConnectErrors++
-	if len(p.idle)+len(p.out)+p.aside > 0 {
-		if !p.holdOff {
-			p.holdOff = true
-			time.AfterFunc(openAgainAfter, p.endHoldOff)
+	if len(p.conns) > p.count[stateConnecting] {
+		if !p.backingOff {
+			p.backingOff = true
+			time.AfterFunc(connectBackoff, p.endBackoff)
 		}
 		return err
 	}
 	if e := p.waiters.Front(); e != nil && e.Value.(*waiter).since.Before(began) {
 		p.nextWaiter().ch <- handover{err: err}
 	}
-	p.openForWaiters()
+	p.connectForWaiters()
 	return err
 }
 
-func (p *Pool) endHoldOff() {
+func (p *Pool) endBackoff() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.holdOff = false
-	p.openForWaiters()
+	p.backingOff = false
+	p.connectForWaiters()
 }
 
-// died makes every connection a suspect: each is asked before it is lent next.
-func (p *Pool) died() { p.deaths.Add(1) }
-
-// closeGrace is how long Close waits for connections that are out.
+// closeGrace is how long Close waits for connections that are lent.
 const closeGrace = 2 * time.Second
 
-// Close closes all connections. It waits a short while for those that are out,
-// logs who holds them, and then closes them too: it never hangs on a leak.
-// Closing twice is safe.
+// Close closes all connections, and ends the wait of those who wait for one with
+// [ErrClosed]. Connections that are lent have 2 s to be released; then Close logs
+// who holds them and closes them too, so that a leak can't keep a program from
+// ending. Closing twice is safe.
 func (p *Pool) Close() {
 	p.mu.Lock()
 	first := !p.closed
@@ -548,14 +492,13 @@ func (p *Pool) Close() {
 	for w := p.nextWaiter(); w != nil; w = p.nextWaiter() {
 		w.ch <- handover{err: ErrClosed}
 	}
-	idle := p.idle
-	p.idle = nil
-	p.aside += len(idle)
+	for len(p.idle) > 0 {
+		c := p.idle[0]
+		p.setState(c, stateDetached)
+		go p.destroy(c, closedWithPool)
+	}
 	p.mu.Unlock()
 	p.cancel()
-	for _, m := range idle {
-		go p.dispose(m, closedOthers)
-	}
 	for giveUp := time.Now().Add(closeGrace); !p.allClosed(time.Now().After(giveUp)); {
 		time.Sleep(5 * time.Millisecond)
 	}
@@ -566,21 +509,24 @@ func (p *Pool) Close() {
 	p.sockets.closeAll()
 }
 
-// allClosed reports whether no connection is open. With force it closes those
-// that are lent; what then is still open is on its way back.
+// allClosed reports whether all connections are closed. With force it closes those
+// that are lent; the others are about to be closed by whoever opens or checks them.
 func (p *Pool) allClosed(force bool) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for m := range p.out {
-		if loan := m.loan.Load(); !force || loan == 0 || !m.loan.CompareAndSwap(loan, 0) {
+	for c := range p.conns {
+		if !force || c.state != stateAcquired {
 			continue
 		}
-		p.log.Warn("a connection was not given back before the pool was closed", m.holder(time.Now())...)
+		if loan := c.loan.Load(); loan == 0 || !c.loan.CompareAndSwap(loan, 0) {
+			continue // it is being checked, or was released just now
+		}
+		p.log.Warn("a connection was not given back before the pool was closed", c.holderAttrs(time.Now())...)
 		p.counts.ClosedLeaked++
-		delete(p.out, m)
+		p.setState(c, stateClosed)
 		// Whoever still uses it gets an error from the socket.
-		_ = m.net.Close()
-		m.px.Hijack()
+		_ = c.socket.Close()
+		c.pooled.Hijack()
 	}
-	return p.open() == 0
+	return len(p.conns) == 0
 }

@@ -35,8 +35,8 @@ func TestPool_RecyclingNeverEmptiesThePool(t *testing.T) {
 	giveBack(take())
 	// All of them are too old at once, as after a machine's sleep.
 	p.mu.Lock()
-	for _, m := range p.idle {
-		m.recycleAt = time.Now().Add(-time.Second)
+	for _, c := range p.idle {
+		c.recycleAt = time.Now().Add(-time.Second)
 	}
 	p.mu.Unlock()
 	began := time.Now()

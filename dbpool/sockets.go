@@ -8,9 +8,9 @@ import (
 	"syscall"
 )
 
-// sockets knows every open socket that was dialled for the pool. pgx goes on for
-// up to 15 s in the background after it has closed a connection itself, to have
-// its statement cancelled; when the pool is closed, that is cut short.
+// sockets keeps every open socket that was dialled for the pool, so that closing the
+// pool can close them all. It has to, because pgx keeps the socket of a connection
+// that it has closed itself for up to 15 s, to have the statement cancelled.
 type sockets struct {
 	dialer net.Dialer
 
@@ -19,7 +19,7 @@ type sockets struct {
 	closed bool
 }
 
-// socket takes itself off the list when it is closed.
+// socket is one of them. It takes itself off the list when it is closed.
 type socket struct {
 	net.Conn
 	list *sockets
@@ -32,7 +32,7 @@ func (s *socket) Close() error {
 	return s.Conn.Close()
 }
 
-// SyscallConn lets the pool look at the socket itself.
+// SyscallConn returns the raw socket, for the pool to peek at.
 func (s *socket) SyscallConn() (syscall.RawConn, error) {
 	c, ok := s.Conn.(syscall.Conn)
 	if !ok {
@@ -41,6 +41,7 @@ func (s *socket) SyscallConn() (syscall.RawConn, error) {
 	return c.SyscallConn()
 }
 
+// dial opens a socket, as pgx's DialFunc.
 func (s *sockets) dial(ctx context.Context, network, address string) (net.Conn, error) {
 	conn, err := s.dialer.DialContext(ctx, network, address)
 	if err != nil {
@@ -60,7 +61,7 @@ func (s *sockets) dial(ctx context.Context, network, address string) (net.Conn, 
 	return dialled, nil
 }
 
-// closeAll closes all sockets; there will be no more.
+// closeAll closes all sockets, and has dial refuse to open more.
 func (s *sockets) closeAll() {
 	s.mu.Lock()
 	open := s.open

@@ -3,50 +3,72 @@ package dbpool
 import (
 	"cmp"
 	"fmt"
-	"runtime"
 	"slices"
 	"strings"
 	"time"
 )
 
-// Stats is how a pool stood at one moment: all of it but how acquiring went was
-// read under one lock.
+// Stats is how a pool stood at one moment. Its numbers agree with each other,
+// because they were read under one lock, all but AcquiredDirect, AcquiredWaited and
+// Waits in its Counts.
 type Stats struct {
 	// PoolSize is Config.Size.
 	PoolSize int
-	// CheckedIn connections are idle; CheckedOut ones are lent.
-	CheckedIn, CheckedOut int
-	// Overflow is how many connections are open beyond PoolSize.
+	// CheckedIn is how many connections are idle.
+	CheckedIn int
+	// CheckedOut is how many connections are lent, or are checked by a caller who
+	// is about to get them.
+	CheckedOut int
+	// Overflow is how many connections are open beyond PoolSize. Besides those
+	// checked in and out it includes those that are being opened, validated or
+	// closed.
 	Overflow int
-	// Invalid idle connections are suspects: another one's death was noticed
-	// after they were last known to live. Each is asked before it is lent.
+	// Invalid is how many of the idle connections are stale: a fault was noticed
+	// after they were last known to live. Each is pinged before it is lent.
 	Invalid int
 	// Waiting is how many callers wait for a connection.
 	Waiting int
-	// Counts are totals since the pool was opened.
+	// Counts are totals since the pool was made.
 	Counts Counts
 }
 
-// Counts are totals since a pool was opened.
+// Counts are totals since a pool was made.
 type Counts struct {
-	Opened, ConnectErrors uint64
-	// Why connections were closed: found dead or left in a bad state, at the
-	// end of their life, idle beyond the pool's size, not given back in time.
-	ClosedBroken, ClosedRecycled, ClosedOverflow, ClosedLeaked uint64
-	// How acquiring went: at once, after a wait, not within Config.Timeout.
-	AcquiredDirect, AcquiredWaited, TimedOut uint64
-	// Waits has the number of acquires that took up to 1 ms, 10 ms, 100 ms,
-	// 1 s, 10 s, and longer.
+	// Opened counts the connections that were opened.
+	Opened uint64
+	// ConnectErrors counts the attempts to open one that failed.
+	ConnectErrors uint64
+	// ClosedBroken counts the connections closed because they were found dead, or
+	// were released in a bad state.
+	ClosedBroken uint64
+	// ClosedRecycled counts the connections closed at the end of their life.
+	ClosedRecycled uint64
+	// ClosedOverflow counts the connections closed because they were idle beyond
+	// the pool's size.
+	ClosedOverflow uint64
+	// ClosedLeaked counts the connections closed because their holder forgot them:
+	// in a bad state, or until after [Pool.Close].
+	ClosedLeaked uint64
+	// AcquiredDirect counts the acquires that got an idle connection at once.
+	AcquiredDirect uint64
+	// AcquiredWaited counts the acquires that waited for one.
+	AcquiredWaited uint64
+	// TimedOut counts the acquires that got none within Config.Timeout.
+	TimedOut uint64
+	// Waits is a histogram of acquires that succeeded: it has the number of those
+	// that took up to 1 ms, 10 ms, 100 ms, 1 s and 10 s, and of those that took
+	// longer.
 	Waits [6]uint64
 }
 
-// Stats returns how the pool stands.
+// Stats returns how the pool stands now. It is cheap enough to be called for each
+// request or job.
 func (p *Pool) Stats() Stats {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	s := Stats{
-		PoolSize: p.cfg.Size, CheckedIn: len(p.idle), CheckedOut: len(p.out),
-		Overflow: max(0, p.open()-p.cfg.Size), Waiting: p.waiters.Len(), Counts: p.counts,
+		PoolSize: p.cfg.Size, CheckedIn: len(p.idle), CheckedOut: p.count[stateAcquired],
+		Overflow: max(0, len(p.conns)-p.cfg.Size), Waiting: p.waiters.Len(), Counts: p.counts,
 	}
 	for i := range p.waits {
 		s.Counts.Waits[i] = p.waits[i].Load()
@@ -54,15 +76,15 @@ func (p *Pool) Stats() Stats {
 	}
 	s.Counts.AcquiredWaited = p.waited.Load()
 	s.Counts.AcquiredDirect -= s.Counts.AcquiredWaited
-	deaths := p.deaths.Load()
-	for _, m := range p.idle {
-		if m.proven < deaths {
+	for _, c := range p.idle {
+		if c.stale() {
 			s.Invalid++
 		}
 	}
 	return s
 }
 
+// observeWait adds an acquire that took this long to the histogram.
 func (p *Pool) observeWait(d time.Duration) {
 	i := 0
 	for bound := time.Millisecond; i < len(p.waits)-1 && d > bound; bound *= 10 {
@@ -71,31 +93,38 @@ func (p *Pool) observeWait(d time.Duration) {
 	p.waits[i].Add(1)
 }
 
-// TimeoutError says that no connection came free in time, and who had them.
+// TimeoutError is the error of [Pool.Acquire] when no connection came free within
+// Config.Timeout. It says who had them.
 type TimeoutError struct {
+	// Timeout, Size and MaxOverflow are the pool's, from its Config.
 	Timeout           time.Duration
 	Size, MaxOverflow int
-	CheckedOut        int
-	// Waiting counts the callers that waited, this one included.
+	// CheckedOut is how many connections were lent. It is less than Size and
+	// MaxOverflow together if connections could not be opened, or not in time.
+	CheckedOut int
+	// Waiting is how many callers waited, this one included.
 	Waiting int
-	// Holders are those who hold connections, the longest first.
+	// Holders are those who held connections, the longest first.
 	Holders []Holder
-	// Own is how many connections the caller's own borrower holds, see
-	// [Pool.Track]: callers that hold one and wait for another can wait for each
-	// other.
+	// Own is how many of the connections the caller's own borrower held, see
+	// [Pool.Track]. It is 0 in sound programs, because callers that hold one
+	// connection and wait for another can wait for each other.
 	Own int
-	// ConnectErr is what the last attempt to open a connection failed with, nil
-	// if it succeeded.
+	// ConnectErr is what the last attempt to open a connection failed with, nil if
+	// it succeeded.
 	ConnectErr error
 }
 
-// Holder is somebody who holds a connection.
+// Holder is somebody who holds a connection, as a [TimeoutError] names them.
 type Holder struct {
 	// Name is the borrower's, see [Pool.Track]; "" for none.
 	Name string
-	For  time.Duration
+	// For is how long the connection has been held.
+	For time.Duration
 }
 
+// Error says what was waited for and how long, names the first five holders, and
+// says why no connection could be opened, if that was so.
 func (e *TimeoutError) Error() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "no connection within %s: size %d + overflow %d ", e.Timeout, e.Size, e.MaxOverflow)
@@ -133,44 +162,26 @@ func (e *TimeoutError) Error() string {
 	return b.String()
 }
 
-// Unwrap returns ConnectErr.
+// Unwrap returns ConnectErr, for [errors.Is] and [errors.As].
 func (e *TimeoutError) Unwrap() error { return e.ConnectErr }
 
-// timeoutError is made while the caller, who may be a borrower, still waits. The
-// caller holds the lock.
+// timeoutError returns the error of a waiter, who is still in line. b is its
+// borrower, nil for none. The caller holds the lock.
 func (p *Pool) timeoutError(b *Borrower) *TimeoutError {
 	e := &TimeoutError{
 		Timeout: p.cfg.Timeout, Size: p.cfg.Size, MaxOverflow: p.cfg.MaxOverflow,
-		CheckedOut: len(p.out), Waiting: p.waiters.Len(), ConnectErr: p.connectErr,
+		CheckedOut: p.count[stateAcquired], Waiting: p.waiters.Len(), ConnectErr: p.connectErr,
 	}
 	now := time.Now()
-	for m := range p.out {
-		e.Holders = append(e.Holders, Holder{m.borrower.String(), now.Sub(m.lent)})
-		if b != nil && m.borrower == b {
+	for c := range p.conns {
+		if c.state != stateAcquired {
+			continue
+		}
+		e.Holders = append(e.Holders, Holder{c.borrower.String(), now.Sub(c.acquiredAt)})
+		if b != nil && c.borrower == b {
 			e.Own++
 		}
 	}
 	slices.SortFunc(e.Holders, func(a, b Holder) int { return cmp.Compare(b.For, a.For) })
 	return e
-}
-
-// holder describes who holds a connection, for a log. The caller holds the
-// pool's lock.
-func (m *member) holder(now time.Time) []any {
-	var stack strings.Builder
-	frames := runtime.CallersFrames(m.stack[:m.depth])
-	for {
-		f, more := frames.Next()
-		if f.Function != "" {
-			fmt.Fprintf(&stack, "%s\n\t%s:%d\n", f.Function, f.File, f.Line)
-		}
-		if !more {
-			break
-		}
-	}
-	attrs := []any{"held_by", m.borrower.String(), "held_for", now.Sub(m.lent).Round(time.Millisecond).String()}
-	if m.rowsOpen.Load() {
-		attrs = append(attrs, "rows", "left open")
-	}
-	return append(attrs, "acquired_at", stack.String())
 }

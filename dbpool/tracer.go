@@ -12,103 +12,94 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
-// tracer sees every statement on every connection of the pool.
+// tracer is told by pgx of each statement on the pool's connections. It counts them,
+// logs them if Config.Echo asks for it, and learns from their errors which
+// connections are dead.
 type tracer struct{ pool *Pool }
 
-func memberOf(conn *pgx.Conn) *member {
-	m, _ := conn.PgConn().CustomData()[memberKey].(*member)
-	return m
-}
-
-func (t tracer) began(ctx context.Context, conn *pgx.Conn, sql string) {
-	if m := memberOf(conn); m != nil {
-		m.queries++
-		m.wasShut = conn.IsClosed()
+func (t tracer) began(ctx context.Context, pgxConn *pgx.Conn, sql string) {
+	if c := connOf(pgxConn); c != nil {
+		c.queries++
+		c.wasClosed = pgxConn.IsClosed()
 	}
 	if t.pool.cfg.Echo {
 		t.pool.log.InfoContext(ctx, "sql", "statement", sql)
 	}
 }
 
-func (t tracer) ended(ctx context.Context, conn *pgx.Conn, err error) {
-	m := memberOf(conn)
-	if m == nil || m.conn == nil || m.wasShut {
-		return // it is not the pool's yet, or not any more
+func (t tracer) ended(ctx context.Context, pgxConn *pgx.Conn, err error) {
+	c := connOf(pgxConn)
+	if c == nil || c.pgx == nil || c.wasClosed {
+		return // it is being opened, or the statement only told that it was closed before
 	}
 	switch {
 	case err == nil:
-		m.provenAt = time.Now()
-	case isDeath(err), isReadOnly(err) && m.leftBehind(), conn.IsClosed() && ctx.Err() == nil && isSocketError(err):
-		m.breaks()
-		t.pool.died()
-	case isReadOnly(err) && !m.tellsReadOnly():
-		m.breaks() // perhaps it alone: it can't tell
-	case conn.IsClosed():
-		// Its caller waited for an answer in vain. That may be the statement's
-		// fault, or the network's: then the others would be waited for as long.
-		t.pool.died()
+		c.answeredAt = time.Now()
+	case isDeath(err), isReadOnly(err) && c.demoted(), pgxConn.IsClosed() && ctx.Err() == nil && isSocketError(err):
+		c.markBroken()
+		t.pool.newGeneration()
+	case isReadOnly(err) && !c.announcesReadOnly():
+		// The others keep their generation, because without an announcement the
+		// transaction may just be READ ONLY.
+		c.markBroken()
+	case pgxConn.IsClosed():
+		// Its caller gave up on an answer. The statement may have been slow; but
+		// if the network is away, the others are too.
+		t.pool.newGeneration()
 	}
 }
 
-// breaks marks a lent connection as one that is of no more use.
-func (m *member) breaks() {
-	if !m.broken {
-		m.broken = true
-		m.borrower.lost()
-	}
-}
-
-// isDeath reports whether err is the server's word that the connection, or it
-// itself, is going: SQLSTATE class 08 (connection), 57P01 to 57P03 (the server is
-// shutting down, crashed or starting).
+// isDeath reports whether err is the server's word that it ends the connection or
+// takes none: an SQLSTATE of class 08, or one of a server that is shutting down, has
+// crashed or is starting.
 func isDeath(err error) bool {
 	e, ok := errors.AsType[*pgconn.PgError](err)
 	return ok && (strings.HasPrefix(e.Code, "08") || e.Code == "57P01" || e.Code == "57P02" || e.Code == "57P03")
 }
 
-// isSocketError reports whether err is the socket's: an end, a reset, or pgx' word
-// that it had found one before the statement. Of a connection that pgx has not
-// closed over it, it is somebody else's socket.
+// isSocketError reports whether err comes from a socket: its end, a reset, or pgx's
+// word that it had found the connection closed. The socket is the connection's own
+// only if pgx has closed the connection over it.
 func isSocketError(err error) bool {
 	_, network := errors.AsType[net.Error](err)
 	return network || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, net.ErrClosed) ||
 		errors.Is(err, pgconn.ErrConnClosed)
 }
 
-// isReadOnly is SQLSTATE 25006, which a primary that became a standby gives, but
-// so does a transaction that was begun READ ONLY.
+// isReadOnly reports whether err is the server's refusal to write. A primary that
+// became a standby gives it, but so does a transaction that was begun READ ONLY.
 func isReadOnly(err error) bool {
 	e, ok := errors.AsType[*pgconn.PgError](err)
 	return ok && e.Code == "25006"
 }
 
-func (t tracer) TraceQueryStart(ctx context.Context, conn *pgx.Conn, data pgx.TraceQueryStartData) context.Context {
-	t.began(ctx, conn, data.SQL)
+func (t tracer) TraceQueryStart(ctx context.Context, pgxConn *pgx.Conn, data pgx.TraceQueryStartData) context.Context {
+	t.began(ctx, pgxConn, data.SQL)
 	return ctx
 }
 
-func (t tracer) TraceQueryEnd(ctx context.Context, conn *pgx.Conn, data pgx.TraceQueryEndData) {
-	t.ended(ctx, conn, data.Err)
+func (t tracer) TraceQueryEnd(ctx context.Context, pgxConn *pgx.Conn, data pgx.TraceQueryEndData) {
+	t.ended(ctx, pgxConn, data.Err)
 }
 
-func (t tracer) TraceBatchStart(ctx context.Context, conn *pgx.Conn, data pgx.TraceBatchStartData) context.Context {
+func (t tracer) TraceBatchStart(ctx context.Context, pgxConn *pgx.Conn, data pgx.TraceBatchStartData) context.Context {
 	for _, q := range data.Batch.QueuedQueries {
-		t.began(ctx, conn, q.SQL)
+		t.began(ctx, pgxConn, q.SQL)
 	}
 	return ctx
 }
 
 func (t tracer) TraceBatchQuery(context.Context, *pgx.Conn, pgx.TraceBatchQueryData) {}
 
-func (t tracer) TraceBatchEnd(ctx context.Context, conn *pgx.Conn, data pgx.TraceBatchEndData) {
-	t.ended(ctx, conn, data.Err)
+func (t tracer) TraceBatchEnd(ctx context.Context, pgxConn *pgx.Conn, data pgx.TraceBatchEndData) {
+	t.ended(ctx, pgxConn, data.Err)
 }
 
-func (t tracer) TraceCopyFromStart(ctx context.Context, conn *pgx.Conn, data pgx.TraceCopyFromStartData) context.Context {
-	t.began(ctx, conn, "COPY "+data.TableName.Sanitize()+" FROM STDIN")
+func (t tracer) TraceCopyFromStart(ctx context.Context, pgxConn *pgx.Conn, data pgx.TraceCopyFromStartData) context.Context {
+	t.began(ctx, pgxConn, "COPY "+data.TableName.Sanitize()+" FROM STDIN")
 	return ctx
 }
 
-func (t tracer) TraceCopyFromEnd(ctx context.Context, conn *pgx.Conn, data pgx.TraceCopyFromEndData) {
-	t.ended(ctx, conn, data.Err)
+func (t tracer) TraceCopyFromEnd(ctx context.Context, pgxConn *pgx.Conn, data pgx.TraceCopyFromEndData) {
+	t.ended(ctx, pgxConn, data.Err)
 }
