@@ -3,20 +3,21 @@ package dbpool
 import (
 	"errors"
 
+	"github.com/jackc/pgerrcode"
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
-// IsAway reports whether err says that the database could not be reached or would
-// not serve: no connection could be made or lent, the server ended it (see
-// https://www.postgresql.org/docs/current/errcodes-appendix.html, classes 08 and
-// 57P), or has no connection left. It says nothing about the statement, so trying
-// again later is right.
+// IsAway reports whether err says that the database is out of reach or does not
+// serve. It is true if no connection could be opened or acquired, if the server
+// ended the connection (SQLSTATE class 08, 57P01 to 57P03), and if the server has
+// no connection left (53300). Such an error is no fault of the statement, so trying
+// again later is right. It is false for nil.
 //
-// A [TimeoutError] of somebody who holds other connections is no sign of it: who
-// acquires several at once may be waiting for itself.
+// It is false for the [TimeoutError] of a caller that holds other connections,
+// because that caller may be waiting for itself.
 //
-// A connection that broke amid a statement shows best in [Usage.Died]; its error
-// alone may be that of any socket.
+// It is false for a mere error of a socket, because that may be any socket's. That a
+// connection broke amid a statement shows in [Usage].Died.
 func IsAway(err error) bool {
 	if e, ok := errors.AsType[*TimeoutError](err); ok {
 		return e.Own == 0
@@ -25,5 +26,5 @@ func IsAway(err error) bool {
 		return true
 	}
 	e, ok := errors.AsType[*pgconn.PgError](err)
-	return ok && (isDeath(e) || e.Code == "53300") // too_many_connections
+	return ok && (isDeath(e) || e.Code == pgerrcode.TooManyConnections)
 }

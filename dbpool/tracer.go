@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/jackc/pgerrcode"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 )
@@ -54,7 +55,15 @@ func (t tracer) ended(ctx context.Context, pgxConn *pgx.Conn, err error) {
 // crashed or is starting.
 func isDeath(err error) bool {
 	e, ok := errors.AsType[*pgconn.PgError](err)
-	return ok && (strings.HasPrefix(e.Code, "08") || e.Code == "57P01" || e.Code == "57P02" || e.Code == "57P03")
+	if !ok {
+		return false
+	}
+	switch e.Code {
+	case pgerrcode.AdminShutdown, pgerrcode.CrashShutdown, pgerrcode.CannotConnectNow:
+		return true
+	}
+	// By the class, because poolers may send codes of it that Postgres lacks.
+	return strings.HasPrefix(e.Code, pgerrcode.ConnectionException[:2])
 }
 
 // isSocketError reports whether err comes from a socket: its end, a reset, or pgx's
@@ -70,7 +79,7 @@ func isSocketError(err error) bool {
 // became a standby gives it, but so does a transaction that was begun READ ONLY.
 func isReadOnly(err error) bool {
 	e, ok := errors.AsType[*pgconn.PgError](err)
-	return ok && e.Code == "25006"
+	return ok && e.Code == pgerrcode.ReadOnlySQLTransaction
 }
 
 func (t tracer) TraceQueryStart(ctx context.Context, pgxConn *pgx.Conn, data pgx.TraceQueryStartData) context.Context {
