@@ -5,22 +5,30 @@ import (
 	"fmt"
 )
 
-// Budget is what a server's limit on connections means to a fleet of pools.
+// Budget is the number of connections that a server allows, and how many of them one
+// pool may take. It is for programs of which several instances, each with a pool of
+// the same size, share a server.
 type Budget struct {
-	// MaxConnections is the server's limit, Reserved what it keeps for
-	// superusers, InUse what was open, by anybody, when it was asked.
-	MaxConnections, Reserved, InUse int
-	// RoleLimit and DatabaseLimit are the limits on the pool's role and database,
-	// -1 for none.
-	RoleLimit, DatabaseLimit int
-	// PerInstance is Size + MaxOverflow.
+	// MaxConnections is the server's max_connections.
+	MaxConnections int
+	// Reserved is how many of them the server keeps for superusers and for roles
+	// with pg_use_reserved_connections.
+	Reserved int
+	// InUse is how many were open, by anybody, when the server was asked.
+	InUse int
+	// RoleLimit is the limit on the pool's role, -1 for none.
+	RoleLimit int
+	// DatabaseLimit is the limit on the pool's database, -1 for none.
+	DatabaseLimit int
+	// PerInstance is how many the pool may open: its Size and MaxOverflow together.
 	PerInstance int
 }
 
-// Budget asks the server for its limits.
+// Budget asks the server for its limits, on a connection of the pool. Its errors are
+// those of [Pool.Acquire] and of the statement.
 func (p *Pool) Budget(ctx context.Context) (Budget, error) {
 	b := Budget{PerInstance: p.cfg.Size + p.cfg.MaxOverflow}
-	// reserved_connections is there from Postgres 16 on.
+	// Servers before Postgres 16 have no reserved_connections.
 	err := p.QueryRow(ctx, `
 		SELECT current_setting('max_connections')::int,
 		       current_setting('superuser_reserved_connections')::int
@@ -35,7 +43,8 @@ func (p *Pool) Budget(ctx context.Context) (Budget, error) {
 	return b, nil
 }
 
-// Usable is how many connections the pools may have together.
+// Usable returns how many connections all pools may have together: MaxConnections
+// less Reserved, or RoleLimit or DatabaseLimit if that is less.
 func (b Budget) Usable() int {
 	n := b.MaxConnections - b.Reserved
 	for _, limit := range []int{b.RoleLimit, b.DatabaseLimit} {
@@ -46,9 +55,10 @@ func (b Budget) Usable() int {
 	return n
 }
 
-// Warning says what to set if the server can't hold this many instances twice,
-// as it must during a deploy that runs old and new ones side by side; "" if it
-// can.
+// Warning returns what to set if the server has too few connections for twice this
+// many instances, and "" if it has enough. It counts them twice because a deploy runs
+// old and new ones side by side. The text names a carpool worker's settings,
+// DB_POOL_SIZE and DB_MAX_OVERFLOW, which are Config's Size and MaxOverflow.
 func (b Budget) Warning(instances int) string {
 	need := 2 * instances * b.PerInstance
 	if need <= b.Usable() {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"flag"
+	"log"
 	"log/slog"
 	"net/url"
 	"slices"
@@ -42,6 +43,28 @@ func open(t *testing.T, change func(*dbpool.Config)) *dbpool.Pool {
 		t.Fatal(err)
 	}
 	t.Cleanup(p.Close)
+	return p
+}
+
+// exampleTB lets examples, which get no testing.TB, have a database. It stays until
+// the package's server is stopped.
+type exampleTB struct{ testing.TB }
+
+func (exampleTB) Helper()                   {}
+func (exampleTB) Cleanup(func())            {}
+func (exampleTB) Fatal(args ...any)         { log.Fatal(args...) }
+func (exampleTB) Fatalf(f string, a ...any) { log.Fatalf(f, a...) }
+
+func databaseURL() string { return testservers.Postgres(exampleTB{}) }
+
+// openPool makes a pool for an example.
+func openPool() *dbpool.Pool {
+	cfg := dbpool.DefaultConfig(databaseURL())
+	cfg.Logger = slog.New(slog.DiscardHandler)
+	p, err := dbpool.Open(context.Background(), cfg)
+	if err != nil {
+		log.Fatal(err)
+	}
 	return p
 }
 
@@ -291,7 +314,7 @@ func TestPool_WithoutPrePingADeadConnectionIsLentOnce(t *testing.T) {
 	}
 }
 
-func TestPool_FailedQueryMakesTheOthersSuspects(t *testing.T) {
+func TestPool_FailedQueryMakesTheOthersStale(t *testing.T) {
 	t.Parallel()
 	p := open(t, func(c *dbpool.Config) { c.Size = 4 })
 	fill(t, p, 4)
@@ -304,7 +327,7 @@ func TestPool_FailedQueryMakesTheOthersSuspects(t *testing.T) {
 	}
 	fill(t, p, 3)
 	if s := p.Stats(); s.Invalid != 0 || s.Counts.ClosedBroken != 1 {
-		t.Errorf("suspects that live are closed or stay suspects: %+v", s)
+		t.Errorf("stale connections that live are closed or stay stale: %+v", s)
 	}
 }
 
