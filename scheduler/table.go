@@ -10,6 +10,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/carpool-go/carpool/dbpool"
+	"github.com/carpool-go/carpool/internal/pgtext"
 )
 
 var (
@@ -150,7 +151,7 @@ func List(ctx context.Context, db *dbpool.Pool) ([]Status, error) {
 		}
 		schedule, err := ParseSchedule(r.cron, r.zone)
 		if err != nil {
-			list[i].Problem = clean(err)
+			list[i].Problem = pgtext.Clean(err.Error())
 		} else if r.enabled {
 			list[i].NextTick = schedule.Next(later(r.now, r.position().since()))
 		}

@@ -14,6 +14,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/internal/asynqkey"
+	"github.com/carpool-go/carpool/internal/pgtext"
 	"github.com/carpool-go/carpool/tasks"
 )
 
@@ -126,21 +127,16 @@ func (s *Scheduler) entry(r *row) readEntry {
 func readRow(set *tasks.Set, r *row) (schedule Schedule, queue string, unknown bool, problem string) {
 	schedule, err := ParseSchedule(r.cron, r.zone)
 	if err != nil {
-		return schedule, "", false, clean(err)
+		return schedule, "", false, pgtext.Clean(err.Error())
 	}
 	task, err := set.Lookup(r.kind)
 	if err != nil {
 		return schedule, "", true, ""
 	}
 	if _, err := task.Decode([]byte(r.payload)); err != nil {
-		return schedule, "", false, clean(err)
+		return schedule, "", false, pgtext.Clean(err.Error())
 	}
 	return schedule, task.Options.Queue, false, ""
-}
-
-// clean is the error's text as Postgres takes it.
-func clean(err error) string {
-	return strings.ReplaceAll(strings.ToValidUTF8(err.Error(), "?"), "\x00", "?")
 }
 
 // abandoned is how late a tick of an entry that is left to other instances may
@@ -231,7 +227,7 @@ func (s *Scheduler) tick(ctx context.Context, r *row, e readEntry) (problem stri
 	running := false
 	if r.overlap != OverlapAllow {
 		if running, err = s.unfinished(ctx, r); err != nil {
-			return "overlap: Redis can't say whether the last job has ended: " + clean(err), nil
+			return "overlap: Redis can't say whether the last job has ended: " + pgtext.Clean(err.Error()), nil
 		}
 		if running && !isDue {
 			return "", nil
@@ -239,7 +235,7 @@ func (s *Scheduler) tick(ctx context.Context, r *row, e readEntry) (problem stri
 	}
 	err = s.fire(ctx, r, e, running)
 	if e, ok := errors.AsType[*pgconn.PgError](err); ok && (strings.HasPrefix(e.Code, "22") || strings.HasPrefix(e.Code, "23")) {
-		return clean(err), nil // the outbox does not take what the entry says
+		return pgtext.Clean(err.Error()), nil // the outbox does not take what the entry says
 	}
 	return "", err
 }

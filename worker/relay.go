@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"runtime/debug"
-	"strings"
 	"sync"
 	"time"
 
@@ -16,6 +15,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/carpool-go/carpool/dbpool"
+	"github.com/carpool-go/carpool/internal/pgtext"
 	"github.com/carpool-go/carpool/tasks"
 )
 
@@ -409,8 +409,7 @@ func (b *batch) note(row outboxRow, err error, log *slog.Logger) {
 			log.Info("a job of the outbox was dropped: another one holds its unique key", "job_id", row.id, "kind", row.kind, "held_by", duplicate.ID)
 		})
 	case tasks.IsPermanent(err):
-		// Postgres takes no zero byte, and no broken UTF-8.
-		problem := strings.ReplaceAll(strings.ToValidUTF8(err.Error(), "?"), "\x00", "?")
+		problem := pgtext.Clean(err.Error())
 		b.aside = append(b.aside, row.id)
 		b.problems = append(b.problems, problem)
 		b.afterwards = append(b.afterwards, func() {
