@@ -13,6 +13,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/dbpool"
+	"github.com/carpool-go/carpool/internal/wait"
 	"github.com/carpool-go/carpool/tasks"
 )
 
@@ -158,23 +159,20 @@ const (
 func (s *Scheduler) goByTheClock(ctx context.Context) {
 	registered := false
 	for ctx.Err() == nil {
-		wait, err := s.cfg.lookEvery, error(nil)
+		next, err := s.cfg.lookEvery, error(nil)
 		if !registered {
 			if err = s.register(ctx); err == nil {
 				registered = true
 			}
 		}
 		if registered {
-			wait, err = s.look(ctx)
+			next, err = s.look(ctx)
 		}
 		if ctx.Err() != nil {
 			return
 		}
 		s.outage.note(err)
-		select {
-		case <-ctx.Done():
-		case <-time.After(wait):
-		}
+		_ = wait.For(ctx, next)
 	}
 }
 

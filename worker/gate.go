@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/carpool-go/carpool/dbpool"
+	"github.com/carpool-go/carpool/internal/wait"
 )
 
 // gate is where jobs wait while the database is away: the hands of this process
@@ -134,10 +135,7 @@ func (g *gate) probe() {
 			g.mu.Unlock()
 			return
 		}
-		select {
-		case <-g.ctx.Done():
-		case <-time.After(probeEvery/2 + rand.N(probeEvery)):
-		}
+		_ = wait.For(g.ctx, probeEvery/2+rand.N(probeEvery))
 	}
 }
 

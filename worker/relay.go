@@ -16,6 +16,7 @@ import (
 
 	"github.com/carpool-go/carpool/dbpool"
 	"github.com/carpool-go/carpool/internal/pgtext"
+	"github.com/carpool-go/carpool/internal/wait"
 	"github.com/carpool-go/carpool/tasks"
 )
 
@@ -110,7 +111,7 @@ func startRelay(cfg relayConfig) (*relay, error) {
 		defer close(r.done)
 		for ctx.Err() == nil {
 			if err := r.session(ctx); ctx.Err() == nil {
-				sleep(ctx, r.postgres.goesOn(err))
+				_ = wait.For(ctx, r.postgres.goesOn(err))
 			}
 		}
 	}()
@@ -157,8 +158,8 @@ func (r *relay) session(ctx context.Context) error {
 		}
 		r.postgres.over()
 		if b.refused != nil {
-			if wait := r.redis.goesOn(b.refused); len(b.gone) == 0 || b.rows < relayBatch {
-				sleep(ctx, wait)
+			if pause := r.redis.goesOn(b.refused); len(b.gone) == 0 || b.rows < relayBatch {
+				_ = wait.For(ctx, pause)
 			}
 			continue
 		}
@@ -187,14 +188,14 @@ const listen = `SET tcp_keepalives_idle = 15; SET tcp_keepalives_interval = 5; S
 // to look without one.
 func (r *relay) wait(ctx context.Context, conn *pgx.Conn) error {
 	if r.cfg.db.ThroughPooler {
-		sleep(ctx, r.cfg.pollEvery)
+		_ = wait.For(ctx, r.cfg.pollEvery)
 		return nil
 	}
 	if r.woken {
 		return nil
 	}
 	if r.pace.busy {
-		sleep(ctx, relayPollBusy)
+		_ = wait.For(ctx, relayPollBusy)
 		return nil
 	}
 	waitCtx, cancel := context.WithTimeout(ctx, r.cfg.pollEvery)
@@ -500,14 +501,4 @@ func (o *outage) over() {
 		o.log.Info("the outbox goes on: "+o.server+" serves it again", "after", time.Since(o.since).Round(time.Millisecond).String())
 	}
 	o.since, o.tries = time.Time{}, 0
-}
-
-// sleep waits for d, or until ctx ends.
-func sleep(ctx context.Context, d time.Duration) {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-	case <-timer.C:
-	}
 }
