@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/jackc/pgerrcode"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgtype/zeronull"
@@ -234,10 +235,17 @@ func (s *Scheduler) tick(ctx context.Context, r *row, e readEntry) (problem stri
 		}
 	}
 	err = s.fire(ctx, r, e, running)
-	if e, ok := errors.AsType[*pgconn.PgError](err); ok && (strings.HasPrefix(e.Code, "22") || strings.HasPrefix(e.Code, "23")) {
-		return pgtext.Clean(err.Error()), nil // the outbox does not take what the entry says
+	if isRefused(err) {
+		return pgtext.Clean(err.Error()), nil
 	}
 	return "", err
+}
+
+// isRefused reports whether the outbox does not take what an entry says. The whole
+// classes are meant: a trigger may raise codes of its own in them.
+func isRefused(err error) bool {
+	e, ok := errors.AsType[*pgconn.PgError](err)
+	return ok && (strings.HasPrefix(e.Code, pgerrcode.DataException[:2]) || strings.HasPrefix(e.Code, pgerrcode.IntegrityConstraintViolation[:2]))
 }
 
 func textOf(s *string) string {

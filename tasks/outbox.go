@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/jackc/pgerrcode"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgtype/zeronull"
@@ -73,7 +74,7 @@ func withHint(err error) error {
 	switch {
 	case !ok:
 		return err
-	case e.Code == "42883" || e.Code == "3F000": // undefined_function, invalid_schema_name
+	case e.Code == pgerrcode.UndefinedFunction || e.Code == pgerrcode.InvalidSchemaName:
 		return fmt.Errorf("%w (the database lacks carpool's newest tables; run: worker migrate)", err)
 	case e.Hint != "":
 		return fmt.Errorf("%w (%s)", err, e.Hint)

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/hibiken/asynq"
+	"github.com/jackc/pgerrcode"
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/carpool-go/carpool/dbpool"
@@ -37,11 +38,10 @@ func postponed(err error) error {
 var errCancelled = tasks.Permanent(errors.New("cancelled"))
 
 // isConflict reports whether err says that Postgres has sacrificed the
-// transaction to others: 40001 serialization_failure, 40P01 deadlock_detected.
-// They are meant to be run again at once.
+// transaction to others. It is meant to be run again at once.
 func isConflict(err error) bool {
 	e, ok := errors.AsType[*pgconn.PgError](err)
-	return ok && (e.Code == "40001" || e.Code == "40P01")
+	return ok && (e.Code == pgerrcode.SerializationFailure || e.Code == pgerrcode.DeadlockDetected)
 }
 
 // isRefusal reports whether err is Postgres' answer to a statement, and not one
@@ -52,11 +52,14 @@ func isRefusal(err error) bool {
 }
 
 // isForGood reports whether err is Postgres' answer to a statement that no waiting
-// mends: classes 28 (authorization), 3D and 3F (no such database or schema), 42 (syntax
-// error or access rule).
+// mends: authorization, no such database or schema, a syntax error or an access rule.
+// The whole classes are meant.
 func isForGood(err error) bool {
 	e, ok := errors.AsType[*pgconn.PgError](err)
-	return ok && slices.Contains([]string{"28", "3D", "3F", "42"}, e.Code[:2])
+	return ok && slices.ContainsFunc([]string{
+		pgerrcode.InvalidAuthorizationSpecification, pgerrcode.InvalidCatalogName,
+		pgerrcode.InvalidSchemaName, pgerrcode.SyntaxErrorOrAccessRuleViolation,
+	}, func(class string) bool { return strings.HasPrefix(e.Code, class[:2]) })
 }
 
 // isFailure is asynq's question whether an error uses up a try.

@@ -16,6 +16,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/hibiken/asynq"
+	"github.com/jackc/pgerrcode"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/redis/go-redis/v9"
 
@@ -263,7 +264,7 @@ func waitFor(ctx context.Context, timeout time.Duration, log *slog.Logger, serve
 // keepsOut reports whether a server lets this user, or this password, not in.
 func keepsOut(err error) bool {
 	if e, ok := errors.AsType[*pgconn.PgError](err); ok {
-		return e.Code == "28P01" || e.Code == "28000" // invalid password, invalid authorization
+		return e.Code == pgerrcode.InvalidPassword || e.Code == pgerrcode.InvalidAuthorizationSpecification
 	}
 	return redis.HasErrorPrefix(err, "WRONGPASS") || redis.HasErrorPrefix(err, "NOAUTH")
 }

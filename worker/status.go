@@ -19,6 +19,7 @@ import (
 	"unicode"
 
 	"github.com/hibiken/asynq"
+	"github.com/jackc/pgerrcode"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/redis/go-redis/v9"
@@ -210,7 +211,7 @@ func (r statusReader) read(ctx context.Context) (*status, error) {
 		return now, nil
 	}
 	now.Outbox, err = readOutbox(ctx, r.db)
-	if e, ok := errors.AsType[*pgconn.PgError](err); ok && e.Code == "42P01" { // undefined_table
+	if e, ok := errors.AsType[*pgconn.PgError](err); ok && e.Code == pgerrcode.UndefinedTable {
 		now.OutboxNote = "this database has no table carpool.outbox; run: worker migrate"
 		return now, nil
 	}
