@@ -299,8 +299,9 @@ func TestFleet_AnOutageOfPostgresIsLoggedOnceAndItsEnd(t *testing.T) {
 	if n := strings.Count(b.log.String(), "the scheduler waits"); n != 1 {
 		t.Errorf("one outage is logged %d times", n)
 	}
+	before := len(b.jobs(t)) // the first look may have made up for what was missed
 	b.pass(t, time.Minute)
-	eventually(t, "ticks go on", func() bool { return len(b.jobs(t)) == 1 })
+	eventually(t, "ticks go on", func() bool { return len(b.jobs(t)) == before+1 })
 }
 
 // A change made in the table is taken up by a scheduler that runs as it does in
