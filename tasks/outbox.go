@@ -9,11 +9,9 @@ import (
 	"github.com/jackc/pgerrcode"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
-	"github.com/jackc/pgx/v5/pgtype/zeronull"
-)
 
-const enqueueSQL = `SELECT carpool.enqueue(kind => $1, payload => $2, queue => $3, run_at => $4, unique_key => $5,
-	max_retry => $6, timeout => make_interval(secs => $7), retention => make_interval(secs => $8))`
+	"github.com/carpool-go/carpool/internal/outbox"
+)
 
 // EnqueueTx validates the payload and enqueues a job that carries it when tx
 // commits, and not at all when it rolls back; a nil opts overrides nothing. It
@@ -48,24 +46,14 @@ func (c *Client) EnqueueTx(ctx context.Context, tx interface {
 	if opts.ID != "" {
 		return "", fmt.Errorf("tasks: enqueue %s: EnqueueTx takes no ID: the outbox makes it, and EnqueueTx returns it", p.Kind())
 	}
-	err = tx.QueryRow(ctx, enqueueSQL, p.Kind(), string(data),
-		zeronull.Text(opts.Queue), zeronull.Timestamptz(opts.RunAt), zeronull.Text(opts.UniqueKey),
-		maxRetryArg(opts.MaxRetry), zeronull.Float8(opts.Timeout.Seconds()), zeronull.Float8(opts.Retention.Seconds()),
-	).Scan(&id)
+	id, err = outbox.Enqueue(ctx, tx, outbox.Row{
+		Kind: p.Kind(), Payload: data, Queue: opts.Queue, UniqueKey: opts.UniqueKey, RunAt: opts.RunAt,
+		MaxRetry: outbox.MaxRetry(opts.MaxRetry), Timeout: opts.Timeout, Retention: opts.Retention,
+	})
 	if err != nil {
 		return "", fmt.Errorf("tasks: enqueue %s: %w", p.Kind(), withHint(err))
 	}
 	return id, nil
-}
-
-// maxRetryArg turns [Options.MaxRetry] into carpool.enqueue's, where 0 is no
-// retry and null the kind's own.
-func maxRetryArg(n int) *int {
-	if n == 0 {
-		return nil
-	}
-	n = max(n, 0)
-	return &n
 }
 
 // withHint adds the way out that the database offers.

@@ -5,13 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"regexp"
 	"time"
 
 	"github.com/hibiken/asynq"
 	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/internal/asynqkey"
+	"github.com/carpool-go/carpool/internal/outbox"
 	"github.com/carpool-go/carpool/tasks"
 )
 
@@ -37,7 +37,7 @@ func (c *cancelCmd) Run() error {
 func (c *cancelCmd) cancel(ctx context.Context, client *tasks.Client) error {
 	err := client.Cancel(ctx, c.ID)
 	switch {
-	case !errors.Is(err, tasks.ErrNoSuchJob) || !isUUID.MatchString(c.ID):
+	case !errors.Is(err, tasks.ErrNoSuchJob) || !outbox.IsID(c.ID):
 		return err
 	case c.DatabaseURL == "":
 		return fmt.Errorf("%w in Redis; the outbox was not looked at, as DATABASE_URL is not set", err)
@@ -52,9 +52,6 @@ func (c *cancelCmd) cancel(ctx context.Context, client *tasks.Client) error {
 	return client.Cancel(ctx, c.ID) // a relay may have moved it meanwhile
 }
 
-// isUUID tells the ids that the outbox makes.
-var isUUID = regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
-
 func (c *cancelCmd) removeFromOutbox(ctx context.Context) (removed bool, err error) {
 	var f faults
 	url := f.databaseURL(c.DatabaseURL)
@@ -66,8 +63,7 @@ func (c *cancelCmd) removeFromOutbox(ctx context.Context) (removed bool, err err
 		return false, err
 	}
 	defer db.Close()
-	tag, err := db.Exec(ctx, "DELETE FROM carpool.outbox WHERE id = $1::text::uuid", c.ID)
-	return tag.RowsAffected() > 0, err
+	return outbox.Remove(ctx, db, c.ID)
 }
 
 // putAway takes a job that was cancelled while it ran from those to be retried,

@@ -15,29 +15,32 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/carpool-go/carpool/dbpool"
+	"github.com/carpool-go/carpool/internal/outbox"
 	"github.com/carpool-go/carpool/internal/pgtext"
 	"github.com/carpool-go/carpool/internal/wait"
 	"github.com/carpool-go/carpool/tasks"
 )
 
 // relay moves committed rows of carpool.outbox to Redis, on a connection of its
-// own. Any number of relays share the work: each locks the rows it moves, and
-// passes over those that another has locked.
+// own. Any number of relays share the work, because each locks the rows it moves
+// and passes over those that another has locked.
 //
 // A row is deleted when Redis has its job. Whatever comes between the two, the
-// row is moved again, under the same id, which Redis has already.
+// row is moved again under the same id, which Redis has already.
 type relay struct {
-	cfg             relayConfig
-	connConfig      *pgx.ConnConfig
-	kinds           []string
+	cfg        relayConfig
+	connConfig *pgx.ConnConfig
+	kinds      []string // that its rows may be of
+	caughtUp   chan struct{}
+	cancel     context.CancelFunc // nil before Start
+	running    sync.WaitGroup
+
+	// What follows belongs to the goroutine that Start begins.
 	postgres, redis outage
 	woken           bool      // a notification has come since the last look
-	tidied          time.Time // when the last tidy was
-	pace            pace
-	caughtUp        chan struct{}
-	caughtUpOnce    sync.Once
-	cancel          context.CancelFunc
-	done            chan struct{}
+	tidied          time.Time // when rows of unknown kinds were last looked through
+	load            load
+	markCaughtUp    func()
 }
 
 type relayConfig struct {
@@ -55,8 +58,8 @@ const (
 	relayBatch = 500
 	// relayAtOnce is how many of them are on their way to Redis at once.
 	relayAtOnce = 16
-	// relayPoll is how often a relay looks without having been notified, in case
-	// a notification is lost: a pooler that nobody told of loses them all.
+	// relayPoll is how often a relay looks without having been notified, because
+	// a notification may be lost: a pooler that nobody told of loses them all.
 	relayPoll = time.Second
 	// relayPollPooler is how often it looks where it can't be notified.
 	relayPollPooler = 250 * time.Millisecond
@@ -65,7 +68,7 @@ const (
 	relayBusy     = 50
 	relayPollBusy = 10 * time.Millisecond
 	// relayRedisTimeout bounds a batch's time with Redis, and relayTimeout its
-	// whole time, while which other relays can't have its rows.
+	// whole time, during which other relays can't have its rows.
 	relayRedisTimeout = 4 * time.Second
 	relayTimeout      = 10 * time.Second
 	// relayStopGrace is what a batch may still take when the relay stops.
@@ -76,9 +79,9 @@ const (
 	relayBackoff = 2 * time.Second
 )
 
-// startRelay starts a relay, which goes on until stop, whatever becomes of the
-// servers.
-func startRelay(cfg relayConfig) (*relay, error) {
+// newRelay returns a relay that [relay.Start] starts. Its error is about the URL
+// of the database, and doesn't show it.
+func newRelay(cfg relayConfig) (*relay, error) {
 	pool, err := pgxpool.ParseConfig(cfg.db.URL) // which also takes the URL's pool_* settings
 	if err != nil {
 		return nil, cfg.db.Validate() // an error that doesn't show the URL
@@ -90,13 +93,12 @@ func startRelay(cfg relayConfig) (*relay, error) {
 	default:
 		cfg.pollEvery = relayPoll
 	}
-	ctx, cancel := context.WithCancel(context.Background())
+	caughtUp := make(chan struct{})
 	r := &relay{
 		cfg: cfg, connConfig: pool.ConnConfig, kinds: cfg.set.Kinds(),
+		caughtUp: caughtUp, markCaughtUp: sync.OnceFunc(func() { close(caughtUp) }),
 		postgres: outage{log: cfg.log, server: "Postgres"},
 		redis:    outage{log: cfg.log, server: "Redis"},
-		caughtUp: make(chan struct{}),
-		cancel:   cancel, done: make(chan struct{}),
 	}
 	r.connConfig.RuntimeParams["application_name"] = "carpool relay"
 	r.connConfig.OnNotification = func(*pgconn.PgConn, *pgconn.Notification) { r.woken = true }
@@ -107,22 +109,31 @@ func startRelay(cfg relayConfig) (*relay, error) {
 		r.connConfig.DefaultQueryExecMode = pgx.QueryExecModeCacheDescribe
 		r.connConfig.StatementCacheCapacity = 0
 	}
-	go func() {
-		defer close(r.done)
-		for ctx.Err() == nil {
-			if err := r.session(ctx); ctx.Err() == nil {
-				_ = wait.For(ctx, r.postgres.goesOn(err))
-			}
-		}
-	}()
 	return r, nil
 }
 
-// stop ends the relay. A batch that is under way may be finished, within
-// relayStopGrace.
-func (r *relay) stop() {
-	r.cancel()
-	<-r.done
+// Start begins to move rows, which goes on until Stop, whatever becomes of the
+// servers: one that is away is no error, it is waited for.
+func (r *relay) Start() error {
+	ctx, cancel := context.WithCancel(context.Background())
+	r.cancel = cancel
+	r.running.Go(func() {
+		for ctx.Err() == nil {
+			if err := r.session(ctx); ctx.Err() == nil {
+				_ = wait.For(ctx, r.postgres.note(err))
+			}
+		}
+	})
+	return nil
+}
+
+// Stop ends the relay and waits until it has ended. A batch that is under way may
+// be finished, within relayStopGrace. It may be called twice, and without Start.
+func (r *relay) Stop() {
+	if r.cancel != nil {
+		r.cancel()
+	}
+	r.running.Wait()
 }
 
 // session connects and moves rows until the connection breaks, or ctx ends.
@@ -143,7 +154,7 @@ func (r *relay) session(ctx context.Context) error {
 			return fmt.Errorf("listen: %w", err)
 		}
 	}
-	r.tidied, r.pace = time.Time{}, pace{since: time.Now()}
+	r.tidied, r.load = time.Time{}, load{since: time.Now()}
 	for ctx.Err() == nil {
 		if time.Since(r.tidied) > relayTidyEvery {
 			if err := r.tidy(ctx, conn); err != nil {
@@ -156,23 +167,25 @@ func (r *relay) session(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("move the outbox: %w", err)
 		}
-		r.postgres.over()
-		if b.refused != nil {
-			if pause := r.redis.goesOn(b.refused); len(b.gone) == 0 || b.rows < relayBatch {
+		r.postgres.end()
+		if b.redisErr != nil {
+			if pause := r.redis.note(b.redisErr); len(b.moved) == 0 || b.rows < relayBatch {
 				_ = wait.For(ctx, pause)
 			}
 			continue
 		}
 		if b.rows > 0 {
-			r.redis.over()
+			r.redis.end()
 		}
-		if again, err := r.keepPace(ctx, conn, b.rows); err != nil {
+		again, err := r.followLoad(ctx, conn, b.rows)
+		if err != nil {
 			return err
-		} else if again || b.rows == relayBatch {
+		}
+		if again || b.rows == relayBatch {
 			continue
 		}
-		r.caughtUpOnce.Do(func() { close(r.caughtUp) })
-		if err := r.wait(ctx, conn); err != nil {
+		r.markCaughtUp()
+		if err := r.awaitRows(ctx, conn); err != nil {
 			return err
 		}
 	}
@@ -180,21 +193,20 @@ func (r *relay) session(ctx context.Context) error {
 }
 
 // listen also lets the server find out soon that the relay's host has vanished,
-// as a busy relay's lock ends with its connection.
+// because a busy relay's lock ends with its connection.
 const listen = `SET tcp_keepalives_idle = 15; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3;
-	SET tcp_user_timeout = '20s'; LISTEN carpool_outbox`
+	SET tcp_user_timeout = '20s'; LISTEN ` + outbox.Channel
 
-// wait returns when a notification has come since the last look, or it is time
-// to look without one.
-func (r *relay) wait(ctx context.Context, conn *pgx.Conn) error {
-	if r.cfg.db.ThroughPooler {
+// awaitRows returns when a notification has come since the last look, or it is
+// time to look without one.
+func (r *relay) awaitRows(ctx context.Context, conn *pgx.Conn) error {
+	switch {
+	case r.cfg.db.ThroughPooler:
 		_ = wait.For(ctx, r.cfg.pollEvery)
 		return nil
-	}
-	if r.woken {
+	case r.woken:
 		return nil
-	}
-	if r.pace.busy {
+	case r.load.busy:
 		_ = wait.For(ctx, relayPollBusy)
 		return nil
 	}
@@ -206,82 +218,52 @@ func (r *relay) wait(ctx context.Context, conn *pgx.Conn) error {
 	return nil
 }
 
-// pace is whether a relay has much to do, judged once a second.
-type pace struct {
+// load is whether a relay has much to do, judged once a second.
+type load struct {
 	busy  bool
-	holds bool // the lock that keeps producers from notifying
+	muted bool // this relay keeps producers from notifying
 	rows  int
 	since time.Time // when the counting of rows began
 }
 
-// relayLock is the advisory lock of a busy relay; see carpool.enqueue. One of
-// several busy relays has it, and it ends with the connection.
-const relayLock = 491327873401
-
-// keepPace counts rows and takes or gives up relayLock accordingly. It reports
-// whether to look again at once: what was committed while producers did not
-// notify must be seen before the relay waits for a notification.
+// followLoad counts rows, and mutes producers while there are many. It reports
+// whether to look again at once, because what was committed while producers did
+// not notify must be seen before the relay waits for a notification.
 //
 // A transaction that began to enqueue while a relay was busy, and commits after
 // the last look, is found within relayPoll.
-func (r *relay) keepPace(ctx context.Context, conn *pgx.Conn, rows int) (again bool, err error) {
-	r.pace.rows += rows
-	if time.Since(r.pace.since) < time.Second || r.cfg.db.ThroughPooler {
+func (r *relay) followLoad(ctx context.Context, conn *pgx.Conn, rows int) (again bool, err error) {
+	r.load.rows += rows
+	if time.Since(r.load.since) < time.Second || r.cfg.db.ThroughPooler {
 		return false, nil
 	}
-	r.pace.busy = r.pace.rows >= relayBusy
-	r.pace.rows, r.pace.since = 0, time.Now()
-	if r.pace.busy == r.pace.holds {
+	r.load.busy = r.load.rows >= relayBusy
+	r.load.rows, r.load.since = 0, time.Now()
+	if r.load.busy == r.load.muted {
 		return false, nil
 	}
-	sql := "SELECT pg_try_advisory_lock($1)"
-	if r.pace.holds {
-		sql = "SELECT NOT pg_advisory_unlock($1)"
+	change := outbox.Mute
+	if r.load.muted {
+		change = outbox.Unmute
 	}
 	ctx, cancel := context.WithTimeout(ctx, relayTimeout)
 	defer cancel()
-	if err := conn.QueryRow(ctx, sql, int64(relayLock)).Scan(&r.pace.holds); err != nil {
+	if r.load.muted, err = change(ctx, conn); err != nil {
 		return false, fmt.Errorf("lock or unlock what keeps producers from notifying: %w", err)
 	}
-	return !r.pace.busy, nil
+	return !r.load.busy, nil
 }
-
-// outboxRow is a row of carpool.outbox; nil is null.
-type outboxRow struct {
-	id, kind           string
-	payload            []byte
-	queue, uniqueKey   *string
-	runAt              *time.Time
-	maxRetry           *int
-	timeout, retention *float64 // in seconds
-}
-
-// An idle_in_transaction_session_timeout frees the rows of a worker that hangs,
-// or was put to sleep.
-const (
-	beginMove = "BEGIN; SET LOCAL idle_in_transaction_session_timeout = '15s'"
-
-	selectRows = `SELECT id::text, kind, payload::text, queue, unique_key, run_at, max_retry,
-			extract(epoch FROM timeout)::float8, extract(epoch FROM retention)::float8
-		FROM carpool.outbox WHERE problem IS NULL AND kind = ANY ($1) ORDER BY seq LIMIT $2 FOR UPDATE SKIP LOCKED`
-
-	deleteRows = `DELETE FROM carpool.outbox WHERE id = ANY ($1::text[]::uuid[])`
-
-	setRowsAside = `UPDATE carpool.outbox AS o SET problem = p.problem
-		FROM unnest($1::text[], $2::text[]) AS p(id, problem) WHERE o.id = p.id::uuid`
-)
 
 // batch is what became of the rows of one transaction.
 type batch struct {
-	rows    int
-	refused error // Redis' last error
+	rows     int
+	redisErr error // the last one that says that Redis is away
 
-	mu         sync.Mutex
-	failures   int
-	gone       []string // ids of those that Redis has, or need not have
-	aside      []string // ids of those that can't become a job,
-	problems   []string // and why
-	afterwards []func() // what to log when it is committed
+	mu          sync.Mutex // guards what the rows' goroutines write
+	failures    int        // rows that Redis did not take
+	moved       []string   // ids of those whose jobs Redis has, or need not have
+	rejected    []outbox.Rejection
+	afterCommit []func() // logs what has then become of them
 }
 
 // move locks rows, moves them to Redis and deletes them. Its error is that of
@@ -290,52 +272,40 @@ func (r *relay) move(ctx context.Context, conn *pgx.Conn) (*batch, error) {
 	work, cancel := context.WithTimeout(context.WithoutCancel(ctx), relayTimeout)
 	defer cancel()
 	defer context.AfterFunc(ctx, func() { time.AfterFunc(relayStopGrace, cancel) })()
-	tx, err := conn.BeginTx(work, pgx.TxOptions{BeginQuery: beginMove})
+	tx, err := outbox.Begin(work, conn)
 	if err != nil {
 		return nil, err
 	}
 	defer tx.Rollback(work)
 
 	b := new(batch)
-	if err := r.enqueue(ctx, work, tx, b); err != nil {
+	if err := r.enqueueRows(ctx, work, tx, b); err != nil {
 		return nil, err
 	}
-	if len(b.gone)+len(b.aside) > 0 {
-		changes := new(pgx.Batch)
-		changes.Queue(deleteRows, b.gone)
-		changes.Queue(setRowsAside, b.aside, b.problems)
-		if err := tx.SendBatch(work, changes).Close(); err != nil {
+	if len(b.moved)+len(b.rejected) > 0 {
+		if err := outbox.Finish(work, tx, b.moved, b.rejected); err != nil {
 			return nil, err
 		}
 	}
 	if err := tx.Commit(work); err != nil {
 		return nil, err
 	}
-	for _, log := range b.afterwards {
+	for _, log := range b.afterCommit {
 		log()
 	}
 	return b, nil
 }
 
-// enqueue locks rows and enqueues their jobs while it reads them, so that it
-// holds no more payloads than are on their way. It stops when ctx ends, or when
-// so many have failed that it must be Redis, not the jobs.
-func (r *relay) enqueue(ctx, work context.Context, tx pgx.Tx, b *batch) error {
+// enqueueRows locks rows and enqueues their jobs while it reads them, so that it
+// holds no more payloads than are on their way. It enqueues no more when ctx ends,
+// or when so many have failed that it must be Redis, not the jobs.
+func (r *relay) enqueueRows(ctx, work context.Context, tx pgx.Tx, b *batch) error {
 	redisCtx, cancel := context.WithTimeout(work, relayRedisTimeout)
 	defer cancel()
-	rows, err := tx.Query(work, selectRows, r.kinds, relayBatch)
-	if err != nil {
-		return err
-	}
-	defer rows.Close()
 	var jobs sync.WaitGroup
 	defer jobs.Wait()
 	slots := make(chan struct{}, relayAtOnce)
-	for rows.Next() {
-		var row outboxRow
-		if err := rows.Scan(&row.id, &row.kind, &row.payload, &row.queue, &row.uniqueKey, &row.runAt, &row.maxRetry, &row.timeout, &row.retention); err != nil {
-			return err
-		}
+	return outbox.Take(work, tx, r.kinds, relayBatch, func(row outbox.Row) {
 		b.rows++
 		slots <- struct{}{}
 		b.mu.Lock()
@@ -343,46 +313,40 @@ func (r *relay) enqueue(ctx, work context.Context, tx pgx.Tx, b *batch) error {
 		b.mu.Unlock()
 		if giveUp {
 			<-slots
-			continue
+			return
 		}
 		jobs.Go(func() {
 			defer func() { <-slots }()
 			err := r.enqueueRow(redisCtx, row)
 			b.mu.Lock()
 			defer b.mu.Unlock()
-			b.note(row, err, r.cfg.log)
+			b.record(row, err, r.cfg.log)
 		})
-	}
-	return rows.Err()
+	})
 }
 
-func (r *relay) enqueueRow(ctx context.Context, row outboxRow) (err error) {
+// enqueueRow enqueues a row's job. The error is a [tasks.DuplicateError], a
+// permanent one of the row's own, or one of Redis.
+func (r *relay) enqueueRow(ctx context.Context, row outbox.Row) (err error) {
 	defer func() { // a task's own code may encode its payload
 		if p := recover(); p != nil {
-			r.cfg.log.Error("a task panicked over a row of the outbox", "job_id", row.id, "kind", row.kind, "stack", string(debug.Stack()))
-			err = tasks.Permanent(fmt.Errorf("%s payload: enqueueing it panicked", row.kind))
+			r.cfg.log.Error("a task panicked over a row of the outbox", "job_id", row.ID, "kind", row.Kind, "stack", string(debug.Stack()))
+			err = tasks.Permanent(fmt.Errorf("%s payload: enqueueing it panicked", row.Kind))
 		}
 	}()
-	task, err := r.cfg.set.Lookup(row.kind)
+	task, err := r.cfg.set.Lookup(row.Kind)
 	if err != nil {
 		return err
 	}
-	payload, err := task.Decode(row.payload)
+	payload, err := task.Decode(row.Payload)
 	if err != nil {
 		return err
 	}
-	opts := &tasks.EnqueueOptions{ID: row.id, Timeout: seconds(row.timeout), Retention: seconds(row.retention)}
-	if row.queue != nil {
-		opts.Queue = *row.queue
+	opts := &tasks.EnqueueOptions{
+		ID: row.ID, Queue: row.Queue, UniqueKey: row.UniqueKey, RunAt: row.RunAt, Timeout: row.Timeout, Retention: row.Retention,
 	}
-	if row.uniqueKey != nil {
-		opts.UniqueKey = *row.uniqueKey
-	}
-	if row.runAt != nil {
-		opts.RunAt = *row.runAt
-	}
-	if row.maxRetry != nil {
-		opts.MaxRetry = *row.maxRetry
+	if row.MaxRetry != nil {
+		opts.MaxRetry = *row.MaxRetry
 		if opts.MaxRetry == 0 {
 			opts.MaxRetry = tasks.NoRetry
 		}
@@ -391,112 +355,68 @@ func (r *relay) enqueueRow(ctx context.Context, row outboxRow) (err error) {
 	return err
 }
 
-func seconds(s *float64) time.Duration {
-	if s == nil {
-		return 0
-	}
-	return time.Duration(*s * float64(time.Second))
-}
-
-// note says what becomes of a row whose enqueueing ended with err.
-func (b *batch) note(row outboxRow, err error, log *slog.Logger) {
+// record decides what becomes of a row whose enqueueing ended with err.
+func (b *batch) record(row outbox.Row, err error, log *slog.Logger) {
 	duplicate, isDuplicate := errors.AsType[*tasks.DuplicateError](err)
 	switch {
 	case err == nil:
-		b.gone = append(b.gone, row.id)
+		b.moved = append(b.moved, row.ID)
 	case isDuplicate:
-		b.gone = append(b.gone, row.id)
-		b.afterwards = append(b.afterwards, func() {
-			log.Info("a job of the outbox was dropped: another one holds its unique key", "job_id", row.id, "kind", row.kind, "held_by", duplicate.ID)
+		b.moved = append(b.moved, row.ID)
+		b.afterCommit = append(b.afterCommit, func() {
+			log.Info("a job of the outbox was dropped: another one holds its unique key", "job_id", row.ID, "kind", row.Kind, "held_by", duplicate.ID)
 		})
 	case tasks.IsPermanent(err):
 		problem := pgtext.Clean(err.Error())
-		b.aside = append(b.aside, row.id)
-		b.problems = append(b.problems, problem)
-		b.afterwards = append(b.afterwards, func() {
-			log.Warn("a row of the outbox can't become a job, and was set aside", "job_id", row.id, "kind", row.kind, "problem", problem)
+		b.rejected = append(b.rejected, outbox.Rejection{ID: row.ID, Problem: problem})
+		b.afterCommit = append(b.afterCommit, func() {
+			log.Warn("a row of the outbox can't become a job, and was set aside", "job_id", row.ID, "kind", row.Kind, "problem", problem)
 		})
 	default:
 		b.failures++
-		b.refused = err
+		b.redisErr = err
 	}
 }
 
-const (
-	// unknownKind begins the problem of rows that no relay takes. A worker that
-	// knows the kind may come with the next deploy.
-	unknownKind = "no worker knows the kind "
-
-	takeUpKnown = `UPDATE carpool.outbox SET problem = NULL WHERE problem = $2 || kind AND kind = ANY ($1)`
-
-	setAsideUnknown = `WITH aside AS (
-			UPDATE carpool.outbox SET problem = $2 || kind WHERE id IN (
-				SELECT id FROM carpool.outbox WHERE problem IS NULL AND kind <> ALL ($1)
-				AND created_at < now() - interval '10 minutes' FOR UPDATE SKIP LOCKED)
-			RETURNING kind)
-		SELECT kind, count(*) FROM aside GROUP BY kind ORDER BY kind`
-)
-
-// tidy sets aside rows whose kind nobody has known for long, and takes up those
-// set aside whose kind is known here.
+// tidy readmits rejected rows whose kind is known here, and rejects those whose
+// kind nobody has known for long.
 func (r *relay) tidy(ctx context.Context, conn *pgx.Conn) error {
 	ctx, cancel := context.WithTimeout(ctx, relayTimeout)
 	defer cancel()
-	if _, err := conn.Exec(ctx, takeUpKnown, r.kinds, unknownKind); err != nil {
-		return fmt.Errorf("take up rows of the outbox that were set aside: %w", err)
+	if err := outbox.Readmit(ctx, conn, r.kinds); err != nil {
+		return err
 	}
-	rows, err := conn.Query(ctx, setAsideUnknown, r.kinds, unknownKind)
+	rejected, err := outbox.RejectUnknown(ctx, conn, r.kinds)
 	if err != nil {
-		return fmt.Errorf("set rows of the outbox aside: %w", err)
+		return err
 	}
-	var kind string
-	var n int
-	_, err = pgx.ForEachRow(rows, []any{&kind, &n}, func() error {
-		r.cfg.log.Warn("rows of the outbox were set aside: "+unknownKind+kind, "rows", n)
-		return nil
-	})
-	if err != nil {
-		return fmt.Errorf("set rows of the outbox aside: %w", err)
+	for _, k := range rejected {
+		r.cfg.log.Warn("rows of the outbox were set aside: "+outbox.UnknownKind+k.Kind, "rows", k.Rows)
 	}
 	return nil
-}
-
-// outboxFigures tells how many rows of the outbox wait for a relay, for how long
-// the oldest of them has, and how many were set aside.
-func outboxFigures(ctx context.Context, db interface {
-	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
-},
-) (waiting int, oldest time.Duration, setAside int, err error) {
-	var s float64
-	err = db.QueryRow(ctx, `SELECT count(*) FILTER (WHERE problem IS NULL), count(*) FILTER (WHERE problem IS NOT NULL),
-		coalesce(extract(epoch FROM clock_timestamp() - min(created_at) FILTER (WHERE problem IS NULL)), 0)::float8
-		FROM carpool.outbox`).Scan(&waiting, &setAside, &s)
-	if err != nil {
-		return 0, 0, 0, fmt.Errorf("look at the outbox: %w", err)
-	}
-	return waiting, max(0, seconds(&s)), setAside, nil
 }
 
 // outage logs when a server goes and when it is back, and nothing in between.
 type outage struct {
 	log    *slog.Logger
 	server string
-	since  time.Time // zero: it is there
+	since  time.Time // zero: there is none
 	tries  int
 }
 
-// goesOn notes another failure and returns how long to wait before the next try.
-func (o *outage) goesOn(err error) time.Duration {
+// note counts another failure and returns how long to wait before the next try.
+func (o *outage) note(err error) time.Duration {
 	if o.since.IsZero() {
 		o.since = time.Now()
 		o.log.Warn("the outbox waits: "+o.server+" does not serve it", "error", err)
 	}
-	wait := min(relayBackoff, 50*time.Millisecond<<min(o.tries, 10))
+	pause := min(relayBackoff, 50*time.Millisecond<<min(o.tries, 10))
 	o.tries++
-	return wait/2 + rand.N(wait/2)
+	return pause/2 + rand.N(pause/2)
 }
 
-func (o *outage) over() {
+// end says that the server has answered.
+func (o *outage) end() {
 	if !o.since.IsZero() {
 		o.log.Info("the outbox goes on: "+o.server+" serves it again", "after", time.Since(o.since).Round(time.Millisecond).String())
 	}

@@ -17,6 +17,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/dbpool"
+	"github.com/carpool-go/carpool/internal/outbox"
 	"github.com/carpool-go/carpool/internal/schema"
 	"github.com/carpool-go/carpool/internal/testservers"
 	"github.com/carpool-go/carpool/tasks"
@@ -106,11 +107,14 @@ func (o *outboxBundle) startRelay(t testing.TB, change ...func(*relayConfig)) *r
 	for _, f := range change {
 		f(&cfg)
 	}
-	r, err := startRelay(cfg)
+	r, err := newRelay(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(r.stop)
+	t.Cleanup(r.Stop)
+	if err := r.Start(); err != nil {
+		t.Fatal(err)
+	}
 	return r
 }
 
@@ -171,14 +175,14 @@ func (o *outboxBundle) moved(t testing.TB, queue string) []string {
 
 func (o *outboxBundle) figures(t testing.TB) (waiting, setAside int) {
 	t.Helper()
-	waiting, oldest, setAside, err := outboxFigures(t.Context(), o.db)
+	stats, err := outbox.ReadStats(t.Context(), o.db)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if (waiting > 0) != (oldest > 0) {
-		t.Errorf("%d rows wait, the oldest for %s", waiting, oldest)
+	if (stats.Waiting > 0) != (stats.Oldest > 0) {
+		t.Errorf("%d rows wait, the oldest for %s", stats.Waiting, stats.Oldest)
 	}
-	return waiting, setAside
+	return stats.Waiting, stats.Rejected
 }
 
 // requireMoved waits until nothing is left in the outbox, and fails the test
@@ -389,7 +393,7 @@ func TestRelay_DiesBetweenRedisAndPostgresAndNothingIsDoubled(t *testing.T) {
 	}
 	proxy.Heal()
 	o.requireMoved(t, ids)
-	r.stop()
+	r.Stop()
 }
 
 func TestRelay_StoppedAmidABatchFinishesIt(t *testing.T) {
@@ -400,7 +404,7 @@ func TestRelay_StoppedAmidABatchFinishesIt(t *testing.T) {
 	proxy.Delay(100 * time.Millisecond)
 	ids := o.enqueue(t, 4*relayAtOnce)
 	o.until(t, "Redis has some of the jobs", func() bool { return len(o.moved(t, "notes")) > 0 })
-	r.stop()
+	r.Stop()
 	waiting, _ := o.figures(t)
 	moved := o.moved(t, "notes")
 	if waiting == 0 || waiting+len(moved) != len(ids) {
@@ -449,7 +453,7 @@ func TestRelay_StopsWhilePostgresIsSilent(t *testing.T) {
 	stopped := make(chan struct{})
 	go func() {
 		defer close(stopped)
-		r.stop()
+		r.Stop()
 	}()
 	select {
 	case <-stopped:
@@ -480,7 +484,7 @@ func TestRelay_ABusyOneLooksByItselfAndIsNotNotified(t *testing.T) {
 		t.Helper()
 		if err := o.db.QueryRow(t.Context(), `SELECT EXISTS (SELECT FROM pg_locks AS l JOIN pg_database AS d ON d.oid = l.database
 			WHERE l.locktype = 'advisory' AND l.mode = 'ExclusiveLock' AND d.datname = current_database()
-			AND (l.classid::bigint << 32) + l.objid::bigint = $1)`, int64(relayLock)).Scan(&held); err != nil {
+			AND (l.classid::bigint << 32) + l.objid::bigint = $1)`, int64(outbox.MuteLock)).Scan(&held); err != nil {
 			t.Fatal(err)
 		}
 		return held
@@ -529,7 +533,7 @@ func TestRelay_ABusyOneLooksByItselfAndIsNotNotified(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer busy.Close(context.Background())
-	if _, err := busy.Exec(t.Context(), "SELECT pg_advisory_lock($1)", int64(relayLock)); err != nil {
+	if _, err := busy.Exec(t.Context(), "SELECT pg_advisory_lock($1)", int64(outbox.MuteLock)); err != nil {
 		t.Fatal(err)
 	}
 	if got := notified(); got != `"the end" ` {
@@ -579,12 +583,12 @@ func TestRelay_LeavesUnknownKindsToWorkersThatKnowThem(t *testing.T) {
 	if err := o.db.QueryRow(t.Context(), `SELECT carpool.enqueue('letter:write', '{}')`).Scan(&id); err != nil {
 		t.Fatal(err)
 	}
-	o.relay(t).stop()
+	o.relay(t).Stop()
 	if waiting, setAside := o.figures(t); waiting != 1 || setAside != 0 {
 		t.Errorf("a new row of an unknown kind: %d wait and %d are set aside, want it to wait", waiting, setAside)
 	}
 	o.exec(t, "UPDATE carpool.outbox SET created_at = now() - interval '11 minutes'")
-	o.relay(t).stop()
+	o.relay(t).Stop()
 	var problem string
 	if err := o.db.QueryRow(t.Context(), "SELECT problem FROM carpool.outbox").Scan(&problem); err != nil {
 		t.Fatal(err)
@@ -637,7 +641,7 @@ func TestRelay_ItsLogNeverHasThePassword(t *testing.T) {
 	if strings.Contains(o.log.String(), "hunter2") {
 		t.Errorf("the password is in the log:\n%s", o.log)
 	}
-	if _, err := startRelay(relayConfig{db: dbpool.DefaultConfig("postgres://me:hunter2@h:port/d"), set: notes()}); err == nil || strings.Contains(err.Error(), "hunter2") {
+	if _, err := newRelay(relayConfig{db: dbpool.DefaultConfig("postgres://me:hunter2@h:port/d"), set: notes()}); err == nil || strings.Contains(err.Error(), "hunter2") {
 		t.Errorf("a wrong URL: %v", err)
 	}
 }

@@ -146,11 +146,14 @@ func (r *runCmd) work(ctx context.Context, cfg config, set *tasks.Set, log *slog
 	fleet.start()
 	defer fleet.stop()
 	f.beat = fleet.beat
-	relay, err := startRelay(relayConfig{db: cfg.pool, set: set, client: client, log: log})
+	relay, err := newRelay(relayConfig{db: cfg.pool, set: set, client: client, log: log})
 	if err != nil {
 		return err
 	}
-	defer relay.stop()
+	defer relay.Stop()
+	if err := relay.Start(); err != nil {
+		return err
+	}
 	rescue := startRescue(rdb, append(sortedNames(cfg.queues), queue), leaseStill, log)
 	defer rescue.stop()
 

@@ -20,11 +20,11 @@ import (
 
 	"github.com/hibiken/asynq"
 	"github.com/jackc/pgerrcode"
-	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/dbpool"
+	"github.com/carpool-go/carpool/internal/outbox"
 	"github.com/carpool-go/carpool/tasks"
 )
 
@@ -259,21 +259,19 @@ const problemsShown = 5
 func readOutbox(ctx context.Context, db *dbpool.Pool) (*outboxStatus, error) {
 	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
 	defer cancel()
-	waiting, oldest, setAside, err := outboxFigures(ctx, db)
+	stats, err := outbox.ReadStats(ctx, db)
 	if err != nil {
 		return nil, err
 	}
-	o := outboxStatus{Waiting: waiting, OldestMS: oldest.Milliseconds(), SetAside: setAside}
-	rows, err := db.Query(ctx, `
-		SELECT problem, count(*) FROM carpool.outbox WHERE problem IS NOT NULL
-		GROUP BY problem ORDER BY count(*) DESC, problem LIMIT $1`, problemsShown)
+	problems, err := outbox.Problems(ctx, db, problemsShown)
 	if err != nil {
-		return nil, fmt.Errorf("look at the problems of the outbox: %w", err)
+		return nil, err
 	}
-	if o.Problems, err = pgx.CollectRows(rows, pgx.RowToStructByPos[outboxProblem]); err != nil {
-		return nil, fmt.Errorf("look at the problems of the outbox: %w", err)
+	o := &outboxStatus{Waiting: stats.Waiting, OldestMS: stats.Oldest.Milliseconds(), SetAside: stats.Rejected, Problems: []outboxProblem{}}
+	for _, p := range problems {
+		o.Problems = append(o.Problems, outboxProblem(p))
 	}
-	return &o, nil
+	return o, nil
 }
 
 // print writes the status for people.
