@@ -6,7 +6,7 @@ const (
 	// onTime is how late a tick may be found without counting as missed. It is
 	// more than it takes another instance to go on where one was stopped.
 	onTime = 10 * time.Second
-	// missedLongest bounds how far back is looked for them.
+	// missedLongest bounds how far back missed ticks are looked for.
 	missedLongest = 5 * 366 * 24 * time.Hour
 	// missedMost bounds how many missed ticks are made up for.
 	missedMost = 100
@@ -15,24 +15,31 @@ const (
 // position is how far an entry is.
 type position struct {
 	lastTick    time.Time // all ticks up to it are decided
-	waitingTick time.Time // zero: none waits
-	changedAt   time.Time // what was before it, under another definition, is past
+	waitingTick time.Time // OverlapQueue's; zero: none waits
+	// changedAt is when the entry last got another schedule, or was enabled or
+	// disabled. Ticks of before are nobody's, and one that waited is dropped.
+	changedAt time.Time
 }
 
-func (p position) since() time.Time {
-	if p.lastTick.After(p.changedAt) {
-		return p.lastTick
+// since is the time after which ticks are undecided.
+func (p position) since() time.Time { return later(p.lastTick, p.changedAt) }
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
 	}
-	return p.changedAt
+	return b
 }
 
+// waits reports whether a tick waits for the end of the job before it.
 func (p position) waits() bool { return p.waitingTick.After(p.changedAt) }
 
-func waiting(p position) int {
+// waiting is the tick that waits, or the zero time.
+func (p position) waiting() time.Time {
 	if p.waits() {
-		return 1
+		return p.waitingTick
 	}
-	return 0
+	return time.Time{}
 }
 
 // decision is what becomes of the ticks that are due.
@@ -46,58 +53,30 @@ type decision struct {
 // tells whether the entry's last job has not ended.
 func decide(s Schedule, missed Missed, overlap Overlap, p position, now time.Time, running bool) decision {
 	due, earlier := dueTicks(s, p.since(), now)
-	d := decision{next: p}
-	if !p.waits() {
-		d.next.waitingTick = time.Time{}
-	}
+	kept := applyMissed(missed, due, now)
+	enqueue, waiting := applyOverlap(overlap, kept, p.waiting(), running)
+
+	next := position{lastTick: p.lastTick, waitingTick: waiting, changedAt: p.changedAt}
 	if len(due) > 0 {
-		d.next.lastTick = due[len(due)-1]
+		next.lastTick = due[len(due)-1]
 	}
-	taken := due
-	if missed != MissedAll {
-		late := 0
-		for late < len(due) && now.Sub(due[late]) > onTime {
-			late++
-		}
-		taken = due[late:]
-		if missed == MissedOnce && len(taken) == 0 && late > 0 {
-			taken = due[late-1:]
-		}
+	offered := earlier + len(due) + count(p.waiting())
+	return decision{enqueue: enqueue, next: next, leftOut: offered - len(enqueue) - count(waiting)}
+}
+
+// count is 1 for a tick and 0 for none.
+func count(tick time.Time) int {
+	if tick.IsZero() {
+		return 0
 	}
-	switch overlap {
-	case OverlapSkip:
-		switch {
-		case running:
-			taken = nil
-		case len(taken) > 1:
-			taken = taken[len(taken)-1:]
-		}
-	case OverlapQueue:
-		line := taken
-		if p.waits() {
-			line = append([]time.Time{p.waitingTick}, taken...)
-		}
-		taken = nil
-		d.next.waitingTick = time.Time{}
-		if len(line) > 0 && !running {
-			taken, line = line[:1], line[1:]
-		}
-		if len(line) > 0 {
-			d.next.waitingTick = line[0]
-		}
-	}
-	d.enqueue = taken
-	d.leftOut = earlier + len(due) - len(taken) + waiting(p) - waiting(d.next)
-	return d
+	return 1
 }
 
 // dueTicks returns the ticks after since and up to now, the last missedMost of
-// them at most, and 1 if there are earlier ones, since all of them might be
-// millions.
+// them at most, and 1 or more if there are earlier ones. These are not all
+// counted, because they might be millions.
 func dueTicks(s Schedule, since, now time.Time) (due []time.Time, earlier int) {
-	if longest := now.Add(-missedLongest); since.Before(longest) {
-		since = longest
-	}
+	since = later(since, now.Add(-missedLongest))
 	for back := time.Hour; ; back *= 8 {
 		from, whole := now.Add(-back), false
 		if !from.After(since) {
@@ -121,5 +100,50 @@ func dueTicks(s Schedule, since, now time.Time) (due []time.Time, earlier int) {
 		if n == missedMost {
 			return due, 1
 		}
+	}
+}
+
+// applyMissed returns those of the ticks that are due which are not left out for
+// having been missed.
+func applyMissed(policy Missed, due []time.Time, now time.Time) []time.Time {
+	late := 0
+	for late < len(due) && now.Sub(due[late]) > onTime {
+		late++
+	}
+	switch {
+	case policy == MissedAll:
+		return due
+	case policy == MissedOnce && late > 0 && late == len(due):
+		return due[late-1:] // none is on time that would do their work
+	default:
+		return due[late:]
+	}
+}
+
+// applyOverlap returns those of the ticks that may be enqueued now, and the one
+// that waits from now on; zero is none. waiting is the one that has waited so far,
+// and running tells whether the entry's last job has not ended. Only OverlapQueue
+// lets a tick wait, or ends its wait: it is kept where the policy was changed.
+func applyOverlap(policy Overlap, ticks []time.Time, waiting time.Time, running bool) (enqueue []time.Time, nowWaiting time.Time) {
+	switch policy {
+	case OverlapSkip:
+		if running || len(ticks) == 0 {
+			return nil, waiting
+		}
+		return ticks[len(ticks)-1:], waiting
+	case OverlapQueue:
+		line := ticks
+		if !waiting.IsZero() {
+			line = append([]time.Time{waiting}, ticks...)
+		}
+		if !running && len(line) > 0 {
+			enqueue, line = line[:1], line[1:]
+		}
+		if len(line) > 0 {
+			nowWaiting = line[0]
+		}
+		return enqueue, nowWaiting
+	default:
+		return ticks, waiting
 	}
 }

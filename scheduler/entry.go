@@ -10,6 +10,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/carpool-go/carpool/internal/outbox"
 	"github.com/carpool-go/carpool/tasks"
 )
 
@@ -126,10 +127,7 @@ func (e Entry) definition() (definition, error) {
 	if o.Queue != "" {
 		d.queue = &o.Queue
 	}
-	if o.MaxRetry != 0 {
-		n := max(o.MaxRetry, 0) // NoRetry is less than 0
-		d.maxRetry = &n
-	}
+	d.maxRetry = outbox.MaxRetry(o.MaxRetry)
 	if s := o.Timeout.Seconds(); s != 0 {
 		d.timeout = &s
 	}
@@ -137,6 +135,22 @@ func (e Entry) definition() (definition, error) {
 		d.retention = &s
 	}
 	return d, nil
+}
+
+// job is the entry's job of that id as the outbox takes it.
+func (d *definition) job(id uuid.UUID) outbox.Row {
+	return outbox.Row{
+		ID: id.String(), Kind: d.kind, Payload: []byte(d.payload), Queue: textOf(d.queue),
+		MaxRetry: d.maxRetry, Timeout: duration(d.timeout), Retention: duration(d.retention),
+	}
+}
+
+// duration is a number of seconds; nil is 0.
+func duration(seconds *float64) time.Duration {
+	if seconds == nil {
+		return 0
+	}
+	return time.Duration(*seconds * float64(time.Second))
 }
 
 func orDefault[T ~string](v, otherwise T) T {

@@ -8,13 +8,12 @@ import (
 	"github.com/google/uuid"
 	"github.com/hibiken/asynq"
 	"github.com/redis/go-redis/v9"
-	"google.golang.org/protobuf/encoding/protowire"
+
+	"github.com/carpool-go/carpool/internal/asynqwire"
 )
 
-// page is asynqmon's page of schedulers. It reads what asynq's own scheduler
-// would write to Redis; carpool writes the same, for the whole fleet under one
-// name. The keys are those of asynq's internal/base, the messages those of its
-// internal/proto/asynq.proto.
+// page keeps asynqmon's page of schedulers, on which the whole fleet is one
+// scheduler.
 //
 // The page is for people: what Redis does not take is left out, and no tick waits
 // for it.
@@ -30,6 +29,8 @@ func newPage(rdb redis.UniversalClient, log *slog.Logger) *page {
 }
 
 const (
+	// pageName is the fleet's as a scheduler.
+	pageName = "carpool"
 	// pageBacklog is how many writes may wait for Redis; more are left out.
 	pageBacklog = 100
 	pageEvery   = 5 * time.Second
@@ -37,14 +38,6 @@ const (
 	pageTTL = 3 * pageEvery
 	// pageTimeout bounds each write.
 	pageTimeout = 5 * time.Second
-
-	allSchedulersKey = "asynq:schedulers"
-	schedulerKey     = "asynq:schedulers:{carpool}"
-	historyKey       = "asynq:scheduler_history:"
-	// historyMost is how many of an entry's runs asynq keeps.
-	historyMost = 1000
-	// historyTTL is how long the history of an entry that runs no more is kept.
-	historyTTL = 400 * 24 * time.Hour
 )
 
 // shownEntry is an entry as the page shows it.
@@ -54,50 +47,33 @@ type shownEntry struct {
 	next time.Time // zero: it has none
 }
 
-// replaceList puts entries in the place of those that the page had.
-var replaceList = redis.NewScript(`
-redis.call("DEL", KEYS[1])
-for i = 2, #ARGV do redis.call("RPUSH", KEYS[1], ARGV[i]) end
-redis.call("EXPIRE", KEYS[1], ARGV[1])
-return redis.status_reply("OK")`)
-
 // show writes the entries that will run, every pageEvery.
 func (p *page) show(entries []shownEntry) {
 	if time.Since(p.shown) < pageEvery {
 		return
 	}
 	p.shown = time.Now()
-	args := []any{int(pageTTL.Seconds())}
+	var list []asynqwire.SchedulerEntry
 	for _, e := range entries {
 		if !e.next.IsZero() {
-			args = append(args, e.message())
+			list = append(list, e.onPage())
 		}
 	}
 	p.write(func(ctx context.Context) error {
-		if err := replaceList.Run(ctx, p.rdb, []string{schedulerKey}, args...).Err(); err != nil {
-			return err
-		}
-		return p.rdb.ZAdd(ctx, allSchedulersKey, redis.Z{Score: float64(time.Now().Add(pageTTL).Unix()), Member: schedulerKey}).Err()
+		return asynqwire.ShowSchedulerEntries(ctx, p.rdb, pageName, list, pageTTL)
 	})
 }
 
 // record adds jobs to an entry's history.
-func (p *page) record(entry string, ids []uuid.UUID, at time.Time) {
-	if len(ids) == 0 {
+func (p *page) record(entry string, jobs []uuid.UUID, at time.Time) {
+	if len(jobs) == 0 {
 		return
 	}
-	p.write(func(ctx context.Context) error {
-		key := historyKey + entry
-		_, err := p.rdb.TxPipelined(ctx, func(tx redis.Pipeliner) error {
-			for _, id := range ids {
-				tx.ZAdd(ctx, key, redis.Z{Score: float64(at.Unix()), Member: eventMessage(id, at)})
-			}
-			tx.ZRemRangeByRank(ctx, key, 0, -historyMost-1)
-			tx.Expire(ctx, key, historyTTL)
-			return nil
-		})
-		return err
-	})
+	ids := make([]string, len(jobs))
+	for i, id := range jobs {
+		ids[i] = id.String()
+	}
+	p.write(func(ctx context.Context) error { return asynqwire.AddSchedulerEvents(ctx, p.rdb, entry, ids, at) })
 }
 
 func (p *page) write(w func(context.Context) error) {
@@ -126,28 +102,17 @@ func (p *page) run(ctx context.Context) {
 	}
 }
 
-// message is asynq's SchedulerEntry.
-func (e shownEntry) message() []byte {
-	var m []byte
-	text := func(field protowire.Number, s string) {
-		m = protowire.AppendString(protowire.AppendTag(m, field, protowire.BytesType), s)
+func (e shownEntry) onPage() asynqwire.SchedulerEntry {
+	onPage := asynqwire.SchedulerEntry{
+		ID: e.row.name, Spec: e.row.cron, Kind: e.row.kind, Payload: []byte(e.row.payload), Options: e.options(), Next: e.next,
 	}
-	text(1, e.row.name)
-	spec := e.row.cron
 	if e.row.zone != "UTC" && e.read.schedule.every == 0 {
-		spec = "CRON_TZ=" + e.row.zone + " " + spec
+		onPage.Spec = "CRON_TZ=" + e.row.zone + " " + e.row.cron
 	}
-	text(2, spec)
-	text(3, e.row.kind)
-	text(4, e.row.payload)
-	for _, o := range e.options() {
-		text(5, o.String())
-	}
-	m = appendTime(m, 6, e.next)
 	if e.row.firedTick != nil {
-		return appendTime(m, 7, *e.row.firedTick)
+		onPage.Prev = *e.row.firedTick
 	}
-	return appendTime(m, 7, time.Time{}) // which asynq reads as never
+	return onPage
 }
 
 func (e shownEntry) options() []asynq.Option {
@@ -163,28 +128,10 @@ func (e shownEntry) options() []asynq.Option {
 		options = append(options, asynq.MaxRetry(*n))
 	}
 	if t := e.row.timeout; t != nil {
-		options = append(options, asynq.Timeout(time.Duration(*t*float64(time.Second))))
+		options = append(options, asynq.Timeout(duration(t)))
 	}
 	if r := e.row.retention; r != nil {
-		options = append(options, asynq.Retention(time.Duration(*r*float64(time.Second))))
+		options = append(options, asynq.Retention(duration(r)))
 	}
 	return options
-}
-
-// eventMessage is asynq's SchedulerEnqueueEvent.
-func eventMessage(id uuid.UUID, at time.Time) []byte {
-	m := protowire.AppendString(protowire.AppendTag(nil, 1, protowire.BytesType), id.String())
-	return appendTime(m, 2, at)
-}
-
-// appendTime appends a google.protobuf.Timestamp.
-func appendTime(m []byte, field protowire.Number, t time.Time) []byte {
-	var stamp []byte
-	if s := t.Unix(); s != 0 {
-		stamp = protowire.AppendVarint(protowire.AppendTag(stamp, 1, protowire.VarintType), uint64(s))
-	}
-	if n := t.Nanosecond(); n != 0 {
-		stamp = protowire.AppendVarint(protowire.AppendTag(stamp, 2, protowire.VarintType), uint64(n))
-	}
-	return protowire.AppendBytes(protowire.AppendTag(m, field, protowire.BytesType), stamp)
 }

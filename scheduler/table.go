@@ -10,6 +10,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/carpool-go/carpool/dbpool"
+	"github.com/carpool-go/carpool/internal/outbox"
 	"github.com/carpool-go/carpool/internal/pgtext"
 )
 
@@ -83,28 +84,30 @@ func Remove(ctx context.Context, db *dbpool.Pool, name string) (source string, e
 	return source, nil
 }
 
-const runNowSQL = `WITH job AS (
-		INSERT INTO carpool.outbox (id, kind, payload, queue, max_retry, timeout, retention)
-		SELECT $2, kind, payload, queue, max_retry, timeout, retention FROM carpool.schedules WHERE name = $1
-		RETURNING id)
-	SELECT id::text, pg_notify('carpool_outbox', '')::text FROM job`
-
 // RunNow enqueues the entry's job at once, enabled or not, and returns the job's
 // id. It is no tick: it changes nothing about those, and overlap does not count
-// it. The error wraps [ErrNotFound].
+// it. The error wraps [ErrNotFound] if there is no entry of this name.
 func RunNow(ctx context.Context, db *dbpool.Pool, name string) (id string, err error) {
+	failed := func(err error) (string, error) { return "", fmt.Errorf("scheduler: run %.100q: %w", name, err) }
 	v7, err := uuid.NewV7()
 	if err != nil {
-		return "", fmt.Errorf("scheduler: run %.100q: %w", name, err)
+		return failed(err)
 	}
-	err = db.QueryRow(ctx, runNowSQL, name, v7.String()).Scan(&id, new(string))
+	var d definition
+	err = db.QueryRow(ctx, `SELECT kind, payload::text, queue, max_retry, extract(epoch FROM timeout)::float8, extract(epoch FROM retention)::float8
+		FROM carpool.schedules WHERE name = $1`, name).Scan(&d.kind, &d.payload, &d.queue, &d.maxRetry, &d.timeout, &d.retention)
 	if errors.Is(err, pgx.ErrNoRows) {
 		err = ErrNotFound
 	}
 	if err != nil {
-		return "", fmt.Errorf("scheduler: run %.100q: %w", name, err)
+		return failed(err)
 	}
-	return id, nil
+	job := new(pgx.Batch)
+	outbox.Insert(job, d.job(v7))
+	if err := db.SendBatch(ctx, job).Close(); err != nil {
+		return failed(err)
+	}
+	return v7.String(), nil
 }
 
 // Status is an entry as carpool.schedules has it, and how far it is.
@@ -131,7 +134,7 @@ type Status struct {
 
 // List returns all entries by name.
 func List(ctx context.Context, db *dbpool.Pool) ([]Status, error) {
-	query, err := db.Query(ctx, fmt.Sprintf(selectRows, "clock_timestamp()", "LEFT", "ORDER BY s.name"))
+	query, err := db.Query(ctx, selectAll("clock_timestamp()"))
 	if err != nil {
 		return nil, fmt.Errorf("scheduler: list: %w", err)
 	}

@@ -15,6 +15,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/internal/asynqkey"
+	"github.com/carpool-go/carpool/internal/outbox"
 	"github.com/carpool-go/carpool/internal/pgtext"
 	"github.com/carpool-go/carpool/tasks"
 )
@@ -73,15 +74,20 @@ type row struct {
 	now                time.Time
 }
 
-// selectRows reads a job's row in the outbox first, and who uses it asks Redis
-// afterwards: the row is deleted when Redis has the job, so it is in one of them.
-const selectRows = `SELECT s.name, s.cron, s.time_zone, s.kind, s.payload::text, s.queue, s.max_retry,
+// selectRows reads entries with how far they are, now being an expression for the
+// time. What it says of a job's row in the outbox is older than what Redis is asked
+// afterwards: since the row is deleted when Redis has the job, one of them has it.
+func selectRows(now, join, rest string) string {
+	return `SELECT s.name, s.cron, s.time_zone, s.kind, s.payload::text, s.queue, s.max_retry,
 		extract(epoch FROM s.timeout)::float8, extract(epoch FROM s.retention)::float8, s.missed, s.overlap,
 		s.enabled, s.source, s.changed_at, s.problem,
 		st.name IS NOT NULL, st.last_tick, st.waiting_tick, st.fired_tick, st.fired_at, st.job_id::text, st.job_queue,
-		EXISTS (SELECT FROM carpool.outbox AS o WHERE o.id = st.job_id AND o.problem IS NULL),
-		%s
-	FROM carpool.schedules AS s %s JOIN carpool.schedule_state AS st USING (name) %s`
+		` + outbox.IsWaiting("st.job_id") + `, ` + now + `
+	FROM carpool.schedules AS s ` + join + ` JOIN carpool.schedule_state AS st USING (name) ` + rest
+}
+
+// selectAll reads all entries by name.
+func selectAll(now string) string { return selectRows(now, "LEFT", "ORDER BY s.name") }
 
 func scanRow(r pgx.CollectableRow) (row, error) {
 	var w row
@@ -140,8 +146,8 @@ func readRow(set *tasks.Set, r *row) (schedule Schedule, queue string, unknown b
 	return schedule, task.Options.Queue, false, ""
 }
 
-// abandoned is how late a tick of an entry that is left to other instances may
-// be before it is said that there is none to take it.
+// abandoned is how late a tick of an entry that is left to other instances may be
+// before the entry's problem says that there is none to take it.
 const abandoned = time.Minute
 
 // look goes once through the entries, enqueues what is due, and returns how long
@@ -150,7 +156,7 @@ func (s *Scheduler) look(ctx context.Context) (time.Duration, error) {
 	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
 	defer cancel()
 	wait := s.cfg.lookEvery
-	query, err := s.cfg.DB.Query(ctx, fmt.Sprintf(selectRows, s.cfg.clock, "LEFT", "ORDER BY s.name"))
+	query, err := s.cfg.DB.Query(ctx, selectAll(s.cfg.clock))
 	if err != nil {
 		return wait, fmt.Errorf("scheduler: read carpool.schedules: %w", err)
 	}
@@ -185,13 +191,6 @@ func (s *Scheduler) look(ctx context.Context) (time.Duration, error) {
 	s.forget(rows)
 	s.page.show(shown)
 	return wait, nil
-}
-
-func later(a, b time.Time) time.Time {
-	if a.After(b) {
-		return a
-	}
-	return b
 }
 
 // forget drops what was read of entries that are gone.
@@ -242,7 +241,7 @@ func (s *Scheduler) tick(ctx context.Context, r *row, e readEntry) (problem stri
 }
 
 // isRefused reports whether the outbox does not take what an entry says. The whole
-// classes are meant: a trigger may raise codes of its own in them.
+// classes are meant, because a trigger may raise codes of its own in them.
 func isRefused(err error) bool {
 	e, ok := errors.AsType[*pgconn.PgError](err)
 	return ok && (strings.HasPrefix(e.Code, pgerrcode.DataException[:2]) || strings.HasPrefix(e.Code, pgerrcode.IntegrityConstraintViolation[:2]))
@@ -255,20 +254,21 @@ func textOf(s *string) string {
 	return *s
 }
 
-// leftToOthers reports whether the entry is for other instances to run: during a
-// deploy, the old and the new ones don't know the same kinds and entries.
-func (s *Scheduler) leftToOthers(r *row, e readEntry) (bool, string) {
+// leftToOthers reports whether the entry is for other instances to run, and the
+// problem to report if none does: during a deploy, the old and the new ones don't
+// know the same kinds and entries.
+func (s *Scheduler) leftToOthers(r *row, e readEntry) (others bool, problem string) {
 	if e.unknown {
 		return true, fmt.Sprintf("kind: no running worker knows %.100q; this one knows %s", r.kind, strings.Join(s.cfg.Tasks.Kinds(), ", "))
 	}
 	if _, ok := s.code[r.name]; r.source == "code" && !ok {
-		return true, "no running worker has the entry in its code any more; worker schedule rm removes it"
+		return true, "no running worker has the entry in its code any more; the command schedule rm removes it"
 	}
 	return false, ""
 }
 
 // unfinished reports whether the entry's last job is queued, runs, or waits for
-// a retry.
+// a retry. Once Redis has failed to answer, it is not asked again in this look.
 func (s *Scheduler) unfinished(ctx context.Context, r *row) (bool, error) {
 	if r.jobID == nil || r.jobQueue == nil {
 		return false, nil
@@ -299,9 +299,6 @@ const (
 
 	ensureState = `INSERT INTO carpool.schedule_state (name) VALUES ($1) ON CONFLICT DO NOTHING`
 
-	insertJob = `INSERT INTO carpool.outbox (id, kind, payload, queue, max_retry, timeout, retention)
-		VALUES ($1, $2, $3, $4, $5, make_interval(secs => $6), make_interval(secs => $7)) ON CONFLICT (id) DO NOTHING`
-
 	updateState = `UPDATE carpool.schedule_state SET last_tick = $2, waiting_tick = $3,
 		fired_tick = coalesce($4, fired_tick), fired_at = CASE WHEN $4::timestamptz IS NULL THEN fired_at ELSE $5 END,
 		job_id = coalesce($6::text::uuid, job_id), job_queue = coalesce($7, job_queue) WHERE name = $1`
@@ -312,26 +309,39 @@ const (
 // the entry on, so that each tick is decided once, by one instance. It does
 // nothing if another one is at it, or was.
 func (s *Scheduler) fire(ctx context.Context, seen *row, e readEntry, running bool) error {
+	failed := func(err error) error { return fmt.Errorf("scheduler: entry %q: %w", seen.name, err) }
 	if !seen.hasState {
 		if _, err := s.cfg.DB.Exec(ctx, ensureState, seen.name); err != nil {
-			return fmt.Errorf("scheduler: entry %q: %w", seen.name, err)
+			return failed(err)
 		}
 	}
 	tx, err := s.cfg.DB.BeginTx(ctx, pgx.TxOptions{BeginQuery: beginFire})
 	if err != nil {
-		return fmt.Errorf("scheduler: entry %q: %w", seen.name, err)
+		return failed(err)
 	}
 	defer func() { // also when ctx has ended
 		rollback, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 		defer cancel()
 		_ = tx.Rollback(rollback)
 	}()
-	d, ids, err := s.decideIn(ctx, tx, seen, e, running)
-	if err != nil || d == nil {
-		return err
+	r, err := s.lock(ctx, tx, seen)
+	if err != nil {
+		return failed(err)
+	}
+	if r == nil {
+		return nil
+	}
+	before := r.position()
+	d := decide(e.schedule, r.missed, r.overlap, before, r.now, running)
+	if len(d.enqueue) == 0 && d.next == before {
+		return nil
+	}
+	ids, err := carryOut(ctx, tx, r, e, d)
+	if err != nil {
+		return failed(err)
 	}
 	if err := tx.Commit(ctx); err != nil {
-		return fmt.Errorf("scheduler: entry %q: %w", seen.name, err)
+		return failed(err)
 	}
 	for i, tick := range d.enqueue {
 		s.cfg.Log.Debug("enqueued by the clock", "entry", seen.name, "tick", tick, "job_id", ids[i])
@@ -344,54 +354,52 @@ func (s *Scheduler) fire(ctx context.Context, seen *row, e readEntry, running bo
 	return nil
 }
 
-func (s *Scheduler) decideIn(ctx context.Context, tx pgx.Tx, seen *row, e readEntry, running bool) (*decision, []uuid.UUID, error) {
-	failed := func(err error) (*decision, []uuid.UUID, error) {
-		return nil, nil, fmt.Errorf("scheduler: entry %q: %w", seen.name, err)
-	}
-	query, err := tx.Query(ctx, fmt.Sprintf(selectRows, s.cfg.clock, "", "WHERE s.name = $1 AND s.enabled FOR UPDATE OF st SKIP LOCKED"), seen.name)
+// lock locks an entry's row and returns it as it is now. It returns nil if another
+// instance has locked it, if somebody has just disabled it, or if what was found
+// out about seen no longer holds; the next look goes by the new.
+func (s *Scheduler) lock(ctx context.Context, tx pgx.Tx, seen *row) (*row, error) {
+	query, err := tx.Query(ctx, selectRows(s.cfg.clock, "", "WHERE s.name = $1 AND s.enabled FOR UPDATE OF st SKIP LOCKED"), seen.name)
 	if err != nil {
-		return failed(err)
+		return nil, err
 	}
 	r, err := pgx.CollectExactlyOneRow(query, scanRow)
 	if errors.Is(err, pgx.ErrNoRows) {
-		return nil, nil, nil // another instance has it, or somebody has just disabled it
+		return nil, nil
 	}
 	if err != nil {
-		return failed(err)
+		return nil, err
 	}
 	if s.cfg.locked != nil {
 		s.cfg.locked(ctx, seen.name)
 	}
 	changed := r.cron != seen.cron || r.zone != seen.zone || r.kind != seen.kind || r.payload != seen.payload || r.source != seen.source
 	if changed || r.overlap != OverlapAllow && (r.overlap != seen.overlap || textOf(r.jobID) != textOf(seen.jobID)) {
-		return nil, nil, nil // what was found out before no longer holds; the next look goes by the new
+		return nil, nil
 	}
-	before := r.position()
-	d := decide(e.schedule, r.missed, r.overlap, before, r.now, running)
-	if len(d.enqueue) == 0 && d.next == before {
-		return nil, nil, nil
-	}
-	changes := new(pgx.Batch)
+	return &r, nil
+}
+
+// carryOut writes a decision: the jobs to the outbox, and how far the entry is. It
+// returns the jobs' ids.
+func carryOut(ctx context.Context, tx pgx.Tx, r *row, e readEntry, d decision) ([]uuid.UUID, error) {
 	ids := make([]uuid.UUID, len(d.enqueue))
-	var fired *time.Time
-	var jobID, jobQueue *string
+	jobs := make([]outbox.Row, len(d.enqueue))
 	for i, tick := range d.enqueue {
 		ids[i] = tickID(r.name, tick)
-		id := ids[i].String()
-		changes.Queue(insertJob, id, r.kind, r.payload, r.queue, r.maxRetry, r.timeout, r.retention)
-		fired, jobID, jobQueue = &d.enqueue[i], &id, &e.queue
+		jobs[i] = r.job(ids[i])
 	}
-	if fired != nil && r.queue != nil {
-		jobQueue = r.queue
+	var fired *time.Time
+	var jobID, jobQueue *string
+	if last := len(jobs) - 1; last >= 0 {
+		fired, jobID, jobQueue = &d.enqueue[last], &jobs[last].ID, &e.queue
+		if r.queue != nil {
+			jobQueue = r.queue
+		}
 	}
+	changes := new(pgx.Batch)
+	outbox.Insert(changes, jobs...)
 	changes.Queue(updateState, r.name, zeronull.Timestamptz(d.next.lastTick), zeronull.Timestamptz(d.next.waitingTick), fired, r.now, jobID, jobQueue)
-	if fired != nil {
-		changes.Queue("SELECT pg_notify('carpool_outbox', '')")
-	}
-	if err := tx.SendBatch(ctx, changes).Close(); err != nil {
-		return failed(err)
-	}
-	return &d, ids, nil
+	return ids, tx.SendBatch(ctx, changes).Close()
 }
 
 const setProblem = `UPDATE carpool.schedules SET problem = $2 WHERE name = $1 AND problem IS DISTINCT FROM $2
