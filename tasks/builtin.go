@@ -1,6 +1,6 @@
 package tasks
 
-import "github.com/carpool-go/carpool/internal/outbound"
+import "github.com/carpool-go/carpool/outbound"
 
 // Config is what the built-in tasks need to know of the worker they run in.
 // Its zero value works; the tasks that need more say so when they run.

@@ -12,7 +12,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 
-	"github.com/carpool-go/carpool/internal/outbound"
+	"github.com/carpool-go/carpool/outbound"
 )
 
 // CSVImport imports a CSV file into a table of the schema imports.

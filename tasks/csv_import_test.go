@@ -27,7 +27,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/carpool-go/carpool/dbpool"
-	"github.com/carpool-go/carpool/internal/outbound"
+	"github.com/carpool-go/carpool/outbound"
 	"github.com/carpool-go/carpool/tasks"
 	"github.com/carpool-go/carpool/tasks/taskstest"
 )

@@ -17,7 +17,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/carpool-go/carpool/internal/outbound"
+	"github.com/carpool-go/carpool/outbound"
 )
 
 func TestCSVSource_AServerThatSendsNothingMoreIsGivenUp(t *testing.T) {

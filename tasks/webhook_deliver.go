@@ -18,7 +18,7 @@ import (
 	"github.com/google/uuid"
 	standardwebhooks "github.com/standard-webhooks/standard-webhooks/libraries/go"
 
-	"github.com/carpool-go/carpool/internal/outbound"
+	"github.com/carpool-go/carpool/outbound"
 )
 
 // WebhookDeliver delivers an event to a URL, signed by the convention of

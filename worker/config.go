@@ -12,7 +12,7 @@ import (
 	"time"
 
 	"github.com/carpool-go/carpool/dbpool"
-	"github.com/carpool-go/carpool/internal/outbound"
+	"github.com/carpool-go/carpool/outbound"
 	"github.com/carpool-go/carpool/tasks"
 )
 

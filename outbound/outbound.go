@@ -1,11 +1,16 @@
-// Package outbound is what jobs may call on the network: public addresses, and
-// those that the operator allows.
+// Package outbound guards the requests that jobs send: they may call public
+// addresses, and those that the operator allows with the worker's setting
+// OUTBOUND_ALLOW.
 //
-// Whoever can enqueue a job can make the worker send requests, from inside the
-// network where databases and metadata services trust their callers. So the
-// check is on the address that is dialled, after names are resolved: neither a
-// name that points inside, nor one that points elsewhere the second time it is
-// asked for, nor a redirect leads round it.
+// It is for the handler of a task that calls a URL it was told: [Client] is the
+// HTTP client to do it with. Whoever can enqueue a job can make the worker send
+// requests, from inside the network where databases and metadata services trust
+// their callers. So the check is on the address that is dialled, after names are
+// resolved: neither a name that points inside, nor one that points elsewhere the
+// second time it is asked for, nor a redirect leads round it.
+//
+// A test that calls a server on this machine allows its address with
+// taskstest.Kit.OutboundAllow.
 package outbound
 
 import (
