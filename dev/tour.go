@@ -15,6 +15,9 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/carpool-go/carpool/tasks"
+	"github.com/carpool-go/carpool/tasks/csvimport"
+	"github.com/carpool-go/carpool/tasks/maintenance"
+	"github.com/carpool-go/carpool/tasks/webhook"
 )
 
 // errJobFailed says that a job of the tour did not succeed.
@@ -74,8 +77,8 @@ func giveTour(ctx context.Context, s *stack, out io.Writer) error {
 }
 
 func (t *tour) importFromGo(ctx context.Context) error {
-	t.say(`tasks.CSVImport{Source: "file:///seattle-weather.csv", Table: "seattle_weather", Mode: "replace"}`)
-	err := t.enqueue(ctx, tasks.CSVImport{Source: "file:///seattle-weather.csv", Table: "seattle_weather", Mode: "replace"})
+	t.say(`csvimport.Import{Source: "file:///seattle-weather.csv", Table: "seattle_weather", Mode: "replace"}`)
+	err := t.enqueue(ctx, csvimport.Import{Source: "file:///seattle-weather.csv", Table: "seattle_weather", Mode: "replace"})
 	if err != nil {
 		return err
 	}
@@ -129,8 +132,8 @@ func (t *tour) lookAtImport(ctx context.Context, table string) error {
 }
 
 func (t *tour) deliverWebhook(ctx context.Context) error {
-	t.say(`tasks.WebhookDeliver{URL: %q, Event: "weather.imported", …}`, t.stack.receiver.url)
-	err := t.enqueue(ctx, tasks.WebhookDeliver{
+	t.say(`webhook.Deliver{URL: %q, Event: "weather.imported", …}`, t.stack.receiver.url)
+	err := t.enqueue(ctx, webhook.Deliver{
 		URL: t.stack.receiver.url, Event: "weather.imported", Body: json.RawMessage(`{"table":"seattle_weather"}`),
 	})
 	if err != nil {
@@ -191,7 +194,7 @@ func (t *tour) validation(since time.Time) (*asynq.TaskInfo, error) {
 		}
 		for _, info := range completed {
 			// Redis keeps the end to the second.
-			if info.Type == (tasks.PoolValidate{}).Kind() && info.CompletedAt.After(since) {
+			if info.Type == (maintenance.PoolValidate{}).Kind() && info.CompletedAt.After(since) {
 				return info, nil
 			}
 		}

@@ -17,6 +17,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/carpool-go/carpool/tasks"
+	"github.com/carpool-go/carpool/tasks/builtin"
 	"github.com/carpool-go/carpool/tasks/taskstest"
 )
 
@@ -38,7 +39,7 @@ func TestExamples_CommitOneJobAndRollBackAnother(t *testing.T) {
 			t.Parallel()
 			program := example.program(t)
 			kit := taskstest.New(t)
-			if err := tasks.RecordKinds(t.Context(), kit.DB, tasks.Builtin(tasks.Config{})); err != nil {
+			if err := tasks.RecordKinds(t.Context(), kit.DB, tasks.NewSet(new(builtin.Tasks))); err != nil {
 				t.Fatal(err)
 			}
 			out := run(t, producer(t, kit), program, example.args...)

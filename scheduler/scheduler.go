@@ -15,6 +15,7 @@ import (
 	"github.com/carpool-go/carpool/dbpool"
 	"github.com/carpool-go/carpool/internal/wait"
 	"github.com/carpool-go/carpool/tasks"
+	"github.com/carpool-go/carpool/tasks/maintenance"
 )
 
 // Config is what a [Scheduler] works with. All fields but Entries are required.
@@ -136,7 +137,7 @@ func (s *Scheduler) validateOwnPool(ctx context.Context) {
 // validate enqueues one validation. While the last one has not been run, the
 // unique key keeps further ones from piling up behind it.
 func (s *Scheduler) validate(ctx context.Context) error {
-	_, err := s.cfg.Client.Enqueue(ctx, tasks.PoolValidate{}, &tasks.EnqueueOptions{
+	_, err := s.cfg.Client.Enqueue(ctx, maintenance.PoolValidate{}, &tasks.EnqueueOptions{
 		Queue: s.cfg.Queue, UniqueKey: s.cfg.Queue,
 	})
 	if _, duplicate := errors.AsType[*tasks.DuplicateError](err); duplicate {

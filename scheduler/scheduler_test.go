@@ -19,6 +19,7 @@ import (
 
 	"github.com/carpool-go/carpool/dbpool"
 	"github.com/carpool-go/carpool/tasks"
+	"github.com/carpool-go/carpool/tasks/rowsprune"
 	"github.com/carpool-go/carpool/tasks/taskstest"
 )
 
@@ -267,7 +268,7 @@ func TestStart_SaysWhatIsMissingOrWrong(t *testing.T) {
 		"cron: ":      func(e *Entry) { e.Cron = "often" },
 		"time_zone: ": func(e *Entry) { e.TimeZone = "Europe/Atlantis" },
 		"payload: ":   func(e *Entry) { e.Payload = Ping{} },
-		"kind: ":      func(e *Entry) { e.Payload = tasks.RowsPrune{Table: "a.b", Column: "c", OlderThan: "1d"} },
+		"kind: ":      func(e *Entry) { e.Payload = rowsprune.Prune{Table: "a.b", Column: "c", OlderThan: "1d"} },
 		"missed: ":    func(e *Entry) { e.Missed = "never" },
 		"overlap: ":   func(e *Entry) { e.Overlap = "never" },
 		"queue: ":     func(e *Entry) { e.Options.Queue = "a=1" },

@@ -16,6 +16,7 @@ import (
 
 	"github.com/carpool-go/carpool/internal/testservers"
 	"github.com/carpool-go/carpool/tasks"
+	"github.com/carpool-go/carpool/tasks/maintenance"
 	"github.com/carpool-go/carpool/tasks/taskstest"
 )
 
@@ -205,23 +206,23 @@ func TestClient_EnqueueingTheSameIDAgainDoesNothing(t *testing.T) {
 	t.Parallel()
 	kit := taskstest.New(t)
 	opts := &tasks.EnqueueOptions{ID: "order-17"}
-	first, err := kit.Client.Enqueue(t.Context(), tasks.PoolValidate{}, opts)
+	first, err := kit.Client.Enqueue(t.Context(), maintenance.PoolValidate{}, opts)
 	if err != nil || first.ID != "order-17" {
 		t.Fatalf("%+v, error %v", first, err)
 	}
-	again, err := kit.Client.Enqueue(t.Context(), tasks.PoolValidate{}, opts)
+	again, err := kit.Client.Enqueue(t.Context(), maintenance.PoolValidate{}, opts)
 	if err != nil || again.ID != first.ID {
 		t.Errorf("again: %+v, error %v", again, err)
 	}
 	if n := len(kit.Enqueued(t)); n != 1 {
 		t.Errorf("%d jobs are enqueued", n)
 	}
-	_, err = kit.Client.Enqueue(t.Context(), tasks.Prune{}, opts)
+	_, err = kit.Client.Enqueue(t.Context(), maintenance.Prune{}, opts)
 	if err == nil || !strings.Contains(err.Error(), "has a job of the kind pool:validate with this id") {
 		t.Errorf("another kind: error %v", err)
 	}
 	for _, id := range []string{"a b", "{a}", "a\n", strings.Repeat("a", 201), "ä"} {
-		if _, err := kit.Client.Enqueue(t.Context(), tasks.PoolValidate{}, &tasks.EnqueueOptions{ID: id}); err == nil {
+		if _, err := kit.Client.Enqueue(t.Context(), maintenance.PoolValidate{}, &tasks.EnqueueOptions{ID: id}); err == nil {
 			t.Errorf("the id %q is taken", id)
 		}
 	}

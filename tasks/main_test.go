@@ -1,7 +1,11 @@
 package tasks_test
 
 import (
+	"os/exec"
+	"slices"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/carpool-go/carpool/internal/testservers"
 )
@@ -9,4 +13,26 @@ import (
 func TestMain(m *testing.M) {
 	testservers.RunMoreAtOnce()
 	testservers.Main(m)
+}
+
+// A service that only enqueues pays for what this package imports.
+func TestPackage_BringsNoHTTPAlong(t *testing.T) {
+	t.Parallel()
+	out, err := exec.Command("go", "list", "-deps", ".").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if slices.Contains(strings.Fields(string(out)), "net/http") {
+		t.Error("package tasks imports net/http, itself or by another package")
+	}
+}
+
+// until polls a condition that another process makes true.
+func until(t testing.TB, what string, condition func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); !condition(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: not within 30 s", what)
+		}
+	}
 }

@@ -20,6 +20,8 @@ import (
 
 	"github.com/carpool-go/carpool/internal/testservers"
 	"github.com/carpool-go/carpool/tasks"
+	"github.com/carpool-go/carpool/tasks/builtin"
+	"github.com/carpool-go/carpool/tasks/maintenance"
 	"github.com/carpool-go/carpool/tasks/taskstest"
 )
 
@@ -418,7 +420,7 @@ func TestRecordKinds_WritesWhatHasChangedAndNothingElse(t *testing.T) {
 		}
 		return versions
 	}
-	set := tasks.Builtin(tasks.Config{})
+	set := tasks.NewSet(new(builtin.Tasks), new(maintenance.Tasks))
 	var starts sync.WaitGroup
 	for range 5 { // workers start at once
 		starts.Go(func() {

@@ -28,6 +28,15 @@ type Set struct {
 // called before any setting is known.
 type Group interface{ Register(s *Set) }
 
+// NewSet returns the set of the groups' kinds. It panics as [Register] does.
+func NewSet(groups ...Group) *Set {
+	s := new(Set)
+	for _, g := range groups {
+		g.Register(s)
+	}
+	return s
+}
+
 // Task is one registered kind of job.
 type Task struct {
 	Kind    string

@@ -1,9 +1,9 @@
 // Package tasks is what a job is: its payload, its kind, its options and its
-// handler, one file a task; and how jobs are enqueued.
+// handler; and how jobs are enqueued.
 //
-// Services that only enqueue import this package and use [Client]. To add a
-// task, write a [Payload] and a [Handler] in a file of their own and register
-// them with one line in [Builtin].
+// Services that only enqueue import this package and use [Client]. A task is a
+// [Payload] and a [Handler] in a package of their own, which a [Group] registers;
+// the ready-made ones are in the packages below this one.
 package tasks
 
 import (

@@ -8,6 +8,8 @@ import (
 	"github.com/hibiken/asynq"
 
 	"github.com/carpool-go/carpool/tasks"
+	"github.com/carpool-go/carpool/tasks/rowsprune"
+	"github.com/carpool-go/carpool/tasks/webhook"
 )
 
 // deadLetters runs a worker until n webhooks without a secret, which can't be
@@ -16,7 +18,7 @@ func deadLetters(t *testing.T, b *bundle, n int) (webhooks []string, prune strin
 	t.Helper()
 	p := b.start(t)
 	for range n {
-		info, err := b.client.Enqueue(t.Context(), tasks.WebhookDeliver{URL: "https://example.com", Event: "x", Body: []byte(`"s3cret"`)}, nil)
+		info, err := b.client.Enqueue(t.Context(), webhook.Deliver{URL: "https://example.com", Event: "x", Body: []byte(`"s3cret"`)}, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -25,7 +27,7 @@ func deadLetters(t *testing.T, b *bundle, n int) (webhooks []string, prune strin
 		}
 		webhooks = append(webhooks, info.ID)
 	}
-	info, err := b.client.Enqueue(t.Context(), tasks.RowsPrune{Table: "nowhere", Column: "at", OlderThan: "1d"}, nil)
+	info, err := b.client.Enqueue(t.Context(), rowsprune.Prune{Table: "nowhere", Column: "at", OlderThan: "1d"}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

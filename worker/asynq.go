@@ -9,6 +9,8 @@ import (
 
 	"github.com/hibiken/asynq"
 	"github.com/redis/go-redis/v9"
+
+	"github.com/carpool-go/carpool/outbound"
 )
 
 // asynqServers are the asynq servers of this process. One asynq server takes one
@@ -45,6 +47,7 @@ func startServers(rdb redis.UniversalClient, cfg config, f *frame, instanceQueue
 		IsFailure:                isFailure,
 		ErrorHandler:             f,
 		ShutdownTimeout:          cfg.shutdownTimeout + endingGrace,
+		BaseContext:              func() context.Context { return outbound.NewContext(context.Background(), cfg.outbound) },
 		Logger:                   &asynqLog{log: log},
 		LogLevel:                 asynq.InfoLevel, // below, it says each time that a queue is empty
 	}

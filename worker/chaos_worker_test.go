@@ -16,6 +16,8 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/carpool-go/carpool/tasks"
+	"github.com/carpool-go/carpool/tasks/builtin"
+	"github.com/carpool-go/carpool/tasks/maintenance"
 )
 
 // chaosEnv holds the mode of a worker process of the chaos test.
@@ -68,8 +70,8 @@ func chaosWorker() int {
 	if mode == plain {
 		return plainWorker()
 	}
-	return program([]string{"run"}, func(cfg tasks.Config) *tasks.Set {
-		set := tasks.Builtin(cfg)
+	return program([]string{"run"}, func(b *builtin.Tasks, m *maintenance.Tasks) *tasks.Set {
+		set := tasks.NewSet(b, m)
 		if mode == protected {
 			tasks.RegisterTx(set, func(ctx context.Context, job *tasks.Job, tx pgx.Tx, e chaosEffect) (any, error) {
 				return nil, e.happen(ctx, tx, job.ID)

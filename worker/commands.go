@@ -42,7 +42,7 @@ type enqueueCmd struct {
 const retentionForWait = 5 * time.Minute
 
 func (e *enqueueCmd) Run(kinds kindsOf) error {
-	payload, err := readPayload(kinds(tasks.Config{}), e.Kind, e.Payload, os.Stdin, exampleLine)
+	payload, err := readPayload(kinds.set(), e.Kind, e.Payload, os.Stdin, exampleLine)
 	if err != nil {
 		return err
 	}
@@ -163,7 +163,7 @@ func showProgress(state asynq.TaskState, result []byte) {
 type kindsCmd struct{}
 
 func (kindsCmd) Run(kinds kindsOf) error {
-	set := kinds(tasks.Config{})
+	set := kinds.set()
 	for i, kind := range set.Kinds() {
 		task, err := set.Lookup(kind)
 		if err != nil {
@@ -223,7 +223,7 @@ func (m *migrateCmd) Run(kinds kindsOf) error {
 	if err := schema.Migrate(ctx, url, log); err != nil {
 		return err
 	}
-	return tasks.RecordKinds(ctx, db, kinds(tasks.Config{}))
+	return tasks.RecordKinds(ctx, db, kinds.set())
 }
 
 type configCmd struct {

@@ -14,6 +14,7 @@ import (
 	"github.com/carpool-go/carpool/dbpool"
 	"github.com/carpool-go/carpool/outbound"
 	"github.com/carpool-go/carpool/tasks"
+	"github.com/carpool-go/carpool/tasks/builtin"
 )
 
 // The settings are declared as strings, once, for the environment, the flags
@@ -72,7 +73,8 @@ type config struct {
 	fetchers        int
 	shutdownTimeout time.Duration
 	startupTimeout  time.Duration
-	tasks           tasks.Config
+	builtin         builtin.Tasks
+	outbound        *outbound.Guard
 }
 
 func (r *runSettings) config() (config, error) {
@@ -86,8 +88,8 @@ func (r *runSettings) config() (config, error) {
 		fetchers:        f.number("WORKER_FETCHERS", r.Fetchers, 1, 64, "4"),
 		shutdownTimeout: f.duration("WORKER_SHUTDOWN_TIMEOUT", r.ShutdownTimeout, 0, "25s"),
 		startupTimeout:  f.startup(r.startupSettings),
-		tasks:           f.tasks(r.taskSettings),
 	}
+	cfg.builtin, cfg.outbound = f.tasks(r.taskSettings)
 	f.log(r.logSettings)
 	cfg.fetchers = min(cfg.fetchers, cfg.concurrency)
 	return cfg, f.err()
@@ -98,6 +100,15 @@ type faults []string
 
 func (f *faults) add(name, problem, example string) {
 	*f = append(*f, fmt.Sprintf("%s %s; for example %s=%s", name, problem, name, example))
+}
+
+// join adds the faults that a group of tasks has joined.
+func (f *faults) join(err error) {
+	if joined, ok := err.(interface{ Unwrap() []error }); ok { //nolint:errorlint // of errors.Join itself
+		for _, fault := range joined.Unwrap() {
+			*f = append(*f, fault.Error())
+		}
+	}
 }
 
 func (f *faults) err() error {
@@ -176,22 +187,21 @@ func (f *faults) pool(db databaseSettings, p poolSettings) dbpool.Config {
 	return cfg
 }
 
-func (f *faults) tasks(t taskSettings) tasks.Config {
-	if t.ImportDir != "" {
-		if info, err := os.Stat(t.ImportDir); err != nil || !info.IsDir() {
-			f.add("IMPORT_DIR", fmt.Sprintf("is %q, which is not a folder that can be read", t.ImportDir), "/var/imports")
-		}
+func (f *faults) tasks(t taskSettings) (builtin.Tasks, *outbound.Guard) {
+	group := builtin.Tasks{ImportDir: t.ImportDir, WebhookSecret: t.WebhookSecret}
+	inFlag := t.WebhookSecret != os.Getenv("WEBHOOK_SECRET")
+	if inFlag {
+		group.WebhookSecret = "" // the flag is the fault
 	}
-	if t.WebhookSecret != os.Getenv("WEBHOOK_SECRET") {
+	f.join(group.Check())
+	if inFlag {
 		f.add("WEBHOOK_SECRET", "is given as a flag, which everybody on the machine can read in the list of processes; set the variable instead", "whsec_…")
-	} else if err := tasks.ValidateWebhookSecret(t.WebhookSecret); t.WebhookSecret != "" && err != nil {
-		f.add("WEBHOOK_SECRET", "is wrong: "+err.Error(), "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
 	}
 	guard, err := outbound.New(t.OutboundAllow)
 	if err != nil {
 		f.add("OUTBOUND_ALLOW", "is wrong: "+err.Error(), "10.1.0.0/16,hooks.internal")
 	}
-	return tasks.Config{ImportDir: t.ImportDir, WebhookSecret: t.WebhookSecret, Outbound: guard}
+	return group, guard
 }
 
 func (f *faults) log(l logSettings) (level slog.Level, format string) {

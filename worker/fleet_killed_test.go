@@ -22,6 +22,7 @@ import (
 
 	"github.com/carpool-go/carpool/internal/testservers"
 	"github.com/carpool-go/carpool/tasks"
+	"github.com/carpool-go/carpool/tasks/maintenance"
 )
 
 // The variables with which this test program is a member of a fleet instead, in a
@@ -62,7 +63,7 @@ func beMember(url, name string) int {
 	client := tasks.NewClient(rdb)
 	for i := 0; ; i++ {
 		opts := tasks.EnqueueOptions{Queue: f.self.OwnQueue, ID: fmt.Sprintf("%s-%d", name, i)}
-		_, _ = client.Enqueue(context.Background(), tasks.PoolValidate{}, &opts)
+		_, _ = client.Enqueue(context.Background(), maintenance.PoolValidate{}, &opts)
 		time.Sleep(20 * time.Millisecond)
 	}
 }

@@ -19,6 +19,7 @@ import (
 	"github.com/carpool-go/carpool/dbpool"
 	"github.com/carpool-go/carpool/internal/testservers"
 	"github.com/carpool-go/carpool/tasks"
+	"github.com/carpool-go/carpool/tasks/maintenance"
 )
 
 // newFleet is an instance with figures that can be told from each other.
@@ -160,7 +161,7 @@ func TestFleet_StopLeavesNothingOfTheQueueBehind(t *testing.T) {
 	}
 	for _, id := range []string{"a", "b", "fails"} {
 		opts := tasks.EnqueueOptions{Queue: f.self.OwnQueue, ID: id, Retention: time.Hour}
-		if _, err := b.client.Enqueue(t.Context(), tasks.PoolValidate{}, &opts); err != nil {
+		if _, err := b.client.Enqueue(t.Context(), maintenance.PoolValidate{}, &opts); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -172,7 +173,7 @@ func TestFleet_StopLeavesNothingOfTheQueueBehind(t *testing.T) {
 	// One that nobody runs any more, and one that is due later.
 	for i, at := range []time.Time{{}, time.Now().Add(time.Hour)} {
 		opts := tasks.EnqueueOptions{Queue: f.self.OwnQueue, ID: strconv.Itoa(i), RunAt: at}
-		if _, err := b.client.Enqueue(t.Context(), tasks.PoolValidate{}, &opts); err != nil {
+		if _, err := b.client.Enqueue(t.Context(), maintenance.PoolValidate{}, &opts); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -211,7 +212,7 @@ func TestFleet_LeavesQueuesAloneThatAreNotOfADeadInstance(t *testing.T) {
 	})
 	later := time.Now().Add(time.Hour)
 	for _, queue := range []string{"default", "instance-billing", "instance-old-00000009"} {
-		if _, err := b.client.Enqueue(t.Context(), tasks.PoolValidate{}, &tasks.EnqueueOptions{Queue: queue, RunAt: later}); err != nil {
+		if _, err := b.client.Enqueue(t.Context(), maintenance.PoolValidate{}, &tasks.EnqueueOptions{Queue: queue, RunAt: later}); err != nil {
 			t.Fatal(err)
 		}
 	}

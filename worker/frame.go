@@ -38,9 +38,6 @@ type frame struct {
 	// must stop because the worker does.
 	ending context.Context
 
-	// beat shows this instance's figures to the others; nil: it doesn't.
-	beat func(context.Context)
-
 	runs runs
 	// behind are goroutines that finish what a job's end began.
 	behind sync.WaitGroup
@@ -104,9 +101,6 @@ func (f *frame) ProcessTask(asynqCtx context.Context, t *asynq.Task) error {
 		}
 	}
 	f.record(job, outcome, time.Since(started), usage, err)
-	if f.beat != nil && job.Kind == (tasks.PoolValidate{}).Kind() {
-		f.beat(asynqCtx)
-	}
 	switch outcome {
 	case outcomeArchived:
 		return tasks.Permanent(err) // asynq has been told of more retries

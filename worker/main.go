@@ -11,6 +11,8 @@ import (
 	"github.com/alecthomas/kong"
 
 	"github.com/carpool-go/carpool/tasks"
+	"github.com/carpool-go/carpool/tasks/builtin"
+	"github.com/carpool-go/carpool/tasks/maintenance"
 )
 
 const (
@@ -31,10 +33,15 @@ type cli struct {
 	Version  versionCmd  `cmd:"" help:"Show the version."`
 }
 
-func main() { os.Exit(program(os.Args[1:], tasks.Builtin)) }
+func main() { os.Exit(program(os.Args[1:], allKinds)) }
 
-// kindsOf makes the set of kinds that a program knows.
-type kindsOf func(tasks.Config) *tasks.Set
+// kindsOf makes the set of kinds that a program knows, of these groups among others.
+type kindsOf func(*builtin.Tasks, *maintenance.Tasks) *tasks.Set
+
+func allKinds(b *builtin.Tasks, m *maintenance.Tasks) *tasks.Set { return tasks.NewSet(b, m) }
+
+// set is for commands that run none of the kinds.
+func (kinds kindsOf) set() *tasks.Set { return kinds(new(builtin.Tasks), new(maintenance.Tasks)) }
 
 // program is the command line with the kinds it works with; it returns the exit
 // code.

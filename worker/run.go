@@ -24,6 +24,7 @@ import (
 	"github.com/carpool-go/carpool/internal/schema"
 	"github.com/carpool-go/carpool/scheduler"
 	"github.com/carpool-go/carpool/tasks"
+	"github.com/carpool-go/carpool/tasks/maintenance"
 )
 
 type runSettings struct {
@@ -53,7 +54,7 @@ func (r *runCmd) Run(kinds kindsOf) error {
 
 	ctx, cancel := untilSignal(log, cfg.shutdownTimeout+endingGrace+stopGrace)
 	defer cancel()
-	err = r.work(ctx, cfg, kinds(cfg.tasks), log)
+	err = r.work(ctx, cfg, kinds, log)
 	switch {
 	case err == nil:
 		log.Info("worker stopped")
@@ -97,7 +98,7 @@ func untilSignal(log *slog.Logger, limit time.Duration) (context.Context, contex
 	return ctx, cancel
 }
 
-func (r *runCmd) work(ctx context.Context, cfg config, set *tasks.Set, log *slog.Logger) error {
+func (r *runCmd) work(ctx context.Context, cfg config, kinds kindsOf, log *slog.Logger) error {
 	rdb, err := tasks.OpenRedis(cfg.redisURL)
 	if err != nil {
 		return err
@@ -119,6 +120,8 @@ func (r *runCmd) work(ctx context.Context, cfg config, set *tasks.Set, log *slog
 	warnOfEviction(ctx, rdb, log)
 	warnOfBudget(ctx, db, log)
 
+	upkeep := &maintenance.Tasks{Redis: rdb}
+	set := kinds(&cfg.builtin, upkeep)
 	if err := tasks.RecordKinds(ctx, db, set); err != nil {
 		return err
 	}
@@ -145,7 +148,7 @@ func (r *runCmd) work(ctx context.Context, cfg config, set *tasks.Set, log *slog
 	}
 	fleet.start()
 	defer fleet.stop()
-	f.beat = fleet.beat
+	upkeep.AfterValidate = fleet.beat
 	relay, err := newRelay(relayConfig{db: cfg.pool, set: set, client: client, log: log})
 	if err != nil {
 		return err
@@ -194,7 +197,7 @@ func (r *runCmd) work(ctx context.Context, cfg config, set *tasks.Set, log *slog
 // entries are the schedules that every worker brings along.
 func entries() []scheduler.Entry {
 	return []scheduler.Entry{
-		{Name: "carpool-prune", Cron: "17 * * * *", Payload: tasks.Prune{}, Overlap: scheduler.OverlapSkip},
+		{Name: "carpool-prune", Cron: "17 * * * *", Payload: maintenance.Prune{}, Overlap: scheduler.OverlapSkip},
 	}
 }
 

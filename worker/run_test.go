@@ -23,6 +23,8 @@ import (
 
 	"github.com/carpool-go/carpool/internal/testservers"
 	"github.com/carpool-go/carpool/tasks"
+	"github.com/carpool-go/carpool/tasks/maintenance"
+	"github.com/carpool-go/carpool/tasks/webhook"
 )
 
 // webhooks is what the tests of the binary use for jobs that take as long as a
@@ -72,7 +74,7 @@ func (w *webhooks) enqueue(t *testing.T, b *bundle, n int) []*asynq.TaskInfo {
 	t.Helper()
 	var jobs []*asynq.TaskInfo
 	for range n {
-		info, err := b.client.Enqueue(t.Context(), tasks.WebhookDeliver{
+		info, err := b.client.Enqueue(t.Context(), webhook.Deliver{
 			URL: w.URL, Event: "test.happened", Body: json.RawMessage(`{"n":1}`),
 		}, nil)
 		if err != nil {
@@ -316,7 +318,7 @@ func TestRun_BurstWorksOffWhatIsDueAndLeavesTheRest(t *testing.T) {
 	b, w := setup(t), receive(t)
 	w.open()
 	jobs := w.enqueue(t, b, 30)
-	later, err := b.client.Enqueue(t.Context(), tasks.PoolValidate{}, &tasks.EnqueueOptions{RunAt: time.Now().Add(time.Hour)})
+	later, err := b.client.Enqueue(t.Context(), maintenance.PoolValidate{}, &tasks.EnqueueOptions{RunAt: time.Now().Add(time.Hour)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -548,7 +550,7 @@ func TestKinds_EveryExampleCanBePasted(t *testing.T) {
 			t.Errorf("%s: exit code %d\n%s", line, code, stderr)
 		}
 	}
-	if want := len(tasks.Builtin(tasks.Config{}).Kinds()); n != want {
+	if want := len(kindsOf(allKinds).set().Kinds()); n != want {
 		t.Errorf("%d examples for %d kinds:\n%s", n, want, stdout)
 	}
 }

@@ -75,7 +75,7 @@ type scheduleAddCmd struct {
 
 // Run is `worker schedule add`.
 func (a *scheduleAddCmd) Run(kinds kindsOf) error {
-	payload, err := readPayload(kinds(tasks.Config{}), a.Kind, a.Payload, os.Stdin, func(task *tasks.Task) string {
+	payload, err := readPayload(kinds.set(), a.Kind, a.Payload, os.Stdin, func(task *tasks.Task) string {
 		return "'" + task.Example() + "'"
 	})
 	if err != nil {

@@ -23,6 +23,7 @@ import (
 	"github.com/carpool-go/carpool/dbpool"
 	"github.com/carpool-go/carpool/internal/testservers"
 	"github.com/carpool-go/carpool/tasks"
+	"github.com/carpool-go/carpool/tasks/rowsprune"
 )
 
 // secret is in all payloads of these tests, and must never be shown.
@@ -73,7 +74,7 @@ func (b *busy) do(t *testing.T, err error) {
 
 func (b *busy) enqueue(t *testing.T, queue string, at time.Time) {
 	t.Helper()
-	_, err := b.client.Enqueue(t.Context(), tasks.RowsPrune{Table: secret, Column: secret, OlderThan: "1d"},
+	_, err := b.client.Enqueue(t.Context(), rowsprune.Prune{Table: secret, Column: secret, OlderThan: "1d"},
 		&tasks.EnqueueOptions{Queue: queue, RunAt: at})
 	b.do(t, err)
 }

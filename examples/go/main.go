@@ -12,6 +12,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/carpool-go/carpool/tasks"
+	"github.com/carpool-go/carpool/tasks/rowsprune"
 )
 
 func main() {
@@ -28,7 +29,7 @@ func run(ctx context.Context) error {
 	defer conn.Close(ctx)
 
 	var client tasks.Client // the zero client needs no Redis
-	prune := tasks.RowsPrune{Table: "carpool.webhook_deliveries", Column: "delivered_at", OlderThan: "30d"}
+	prune := rowsprune.Prune{Table: "carpool.webhook_deliveries", Column: "delivered_at", OlderThan: "30d"}
 	opts := &tasks.EnqueueOptions{Queue: "low"}
 
 	tx, err := conn.Begin(ctx)

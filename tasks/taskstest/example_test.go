@@ -8,6 +8,7 @@ import (
 
 	"github.com/carpool-go/carpool/tasks"
 	"github.com/carpool-go/carpool/tasks/taskstest"
+	"github.com/carpool-go/carpool/tasks/webhook"
 )
 
 func TestMain(m *testing.M) { taskstest.Main(m) }
@@ -25,7 +26,7 @@ func HandlePay(ctx context.Context, job *tasks.Job, p Pay) (struct{}, error) {
 	if _, err := job.DB.Exec(ctx, "INSERT INTO orders VALUES ($1)", p.Order); err != nil {
 		return struct{}{}, err
 	}
-	_, err := job.Client.Enqueue(ctx, tasks.WebhookDeliver{
+	_, err := job.Client.Enqueue(ctx, webhook.Deliver{
 		URL: "https://shop.example/hook", Event: "order.paid", Body: json.RawMessage(`{"order": 17}`),
 	}, &tasks.EnqueueOptions{RunAt: time.Now().Add(time.Minute)})
 	return struct{}{}, err
@@ -42,7 +43,7 @@ func ExampleRun() {
 		if _, err := taskstest.Run(t, kit, HandlePay, Pay{Order: 17}); err != nil {
 			t.Fatal(err)
 		}
-		kit.RequireEnqueued(t, tasks.WebhookDeliver{
+		kit.RequireEnqueued(t, webhook.Deliver{
 			URL: "https://shop.example/hook", Event: "order.paid", Body: json.RawMessage(`{"order": 17}`),
 		})
 	}
@@ -58,7 +59,7 @@ func TestRun_GivesTheHandlerARealPoolAndKeepsWhatItEnqueues(t *testing.T) {
 	if _, err := taskstest.Run(t, kit, HandlePay, Pay{Order: 17}); err != nil {
 		t.Fatal(err)
 	}
-	info := kit.RequireEnqueued(t, tasks.WebhookDeliver{
+	info := kit.RequireEnqueued(t, webhook.Deliver{
 		URL: "https://shop.example/hook", Event: "order.paid", Body: json.RawMessage(`{"order":17}`),
 	})
 	if until := time.Until(info.NextProcessAt); until <= 0 || until > time.Minute {

@@ -21,6 +21,7 @@ import (
 	"github.com/carpool-go/carpool/dbpool"
 	"github.com/carpool-go/carpool/internal/schema"
 	"github.com/carpool-go/carpool/internal/testservers"
+	"github.com/carpool-go/carpool/outbound"
 	"github.com/carpool-go/carpool/tasks"
 )
 
@@ -38,6 +39,10 @@ type Kit struct {
 	Client *tasks.Client
 	// RedisURL is where they are.
 	RedisURL string
+	// OutboundAllow is what handlers may call beside public addresses, as the
+	// worker's setting OUTBOUND_ALLOW: "127.0.0.1" for the test's own server.
+	// "" allows public addresses only.
+	OutboundAllow string
 
 	inspector *asynq.Inspector
 }
@@ -117,7 +122,11 @@ func (k *Kit) run(t testing.TB, set *tasks.Set, payload tasks.Payload) error {
 		Attempt: 1, MaxRetry: task.Options.MaxRetry,
 		DB: k.DB, Client: k.Client, Log: slog.New(slog.DiscardHandler),
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), task.Options.Timeout)
+	guard, err := outbound.New(k.OutboundAllow)
+	if err != nil {
+		t.Fatalf("OutboundAllow: %v", err)
+	}
+	ctx, cancel := context.WithTimeout(outbound.NewContext(t.Context(), guard), task.Options.Timeout)
 	defer cancel()
 	ctx, borrower := k.DB.Track(ctx, job.Kind+" "+job.ID)
 	_, err = task.Run(ctx, job, decoded)

@@ -1,4 +1,4 @@
-package tasks
+package csvimport
 
 import (
 	"bufio"
@@ -19,11 +19,12 @@ import (
 	"unicode/utf8"
 
 	"github.com/carpool-go/carpool/outbound"
+	"github.com/carpool-go/carpool/tasks"
 )
 
-// csvSource is a CSV file that can be read twice: once to learn the types of its
+// source is a CSV file that can be read twice: once to learn the types of its
 // columns, once to load it.
-type csvSource struct {
+type source struct {
 	// name is the source without what may be secret in a URL.
 	name string
 	// first is what the first pass reads. Of a file it is the file, of a URL the
@@ -36,12 +37,12 @@ type csvSource struct {
 }
 
 // open opens a source. The caller closes it.
-func (i CSVImporter) open(ctx context.Context, source string) (*csvSource, error) {
-	u, err := url.Parse(source)
+func (i Importer) open(ctx context.Context, from string) (*source, error) {
+	u, err := url.Parse(from)
 	if err != nil {
-		return nil, Permanent(errCSVSource)
+		return nil, tasks.Permanent(errSource)
 	}
-	s := &csvSource{
+	s := &source{
 		name: (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String(),
 		seed: maphash.MakeSeed(),
 	}
@@ -56,32 +57,32 @@ func (i CSVImporter) open(ctx context.Context, source string) (*csvSource, error
 	return s, nil
 }
 
-func (i CSVImporter) openFile(s *csvSource, u *url.URL) error {
-	if i.ImportDir == "" {
-		return Permanent(errors.New("this worker reads no files; set IMPORT_DIR to the folder they are in"))
+func (i Importer) openFile(s *source, u *url.URL) error {
+	if i.Dir == "" {
+		return tasks.Permanent(errors.New("this worker reads no files; set IMPORT_DIR to the folder they are in"))
 	}
-	root, err := os.OpenRoot(i.ImportDir)
+	root, err := os.OpenRoot(i.Dir)
 	if err != nil {
-		return Permanent(fmt.Errorf("IMPORT_DIR: %w", err))
+		return tasks.Permanent(fmt.Errorf("IMPORT_DIR: %w", err))
 	}
 	defer func() { _ = root.Close() }()
 	// Without O_NONBLOCK, opening a fifo waits for somebody to write to it.
 	f, err := root.OpenFile(strings.TrimLeft(u.Path, "/"), os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return Permanent(errors.New("there is no such file below IMPORT_DIR"))
+		return tasks.Permanent(errors.New("there is no such file below IMPORT_DIR"))
 	case errors.Is(err, fs.ErrPermission):
-		return Permanent(errors.New("this worker may not read the file"))
+		return tasks.Permanent(errors.New("this worker may not read the file"))
 	case err != nil: // os.Root has no error to compare with for what leads outside
 		reason := err
 		if e, ok := errors.AsType[*fs.PathError](err); ok {
 			reason = e.Err
 		}
-		return Permanent(fmt.Errorf("it can't be opened below IMPORT_DIR: %w", reason))
+		return tasks.Permanent(fmt.Errorf("it can't be opened below IMPORT_DIR: %w", reason))
 	}
 	info, err := f.Stat()
 	if err == nil && !info.Mode().IsRegular() {
-		err = Permanent(errors.New("it is not a regular file"))
+		err = tasks.Permanent(errors.New("it is not a regular file"))
 	}
 	if err != nil {
 		_ = f.Close()
@@ -92,10 +93,10 @@ func (i CSVImporter) openFile(s *csvSource, u *url.URL) error {
 	return nil
 }
 
-// csvStall is how long a server may send nothing amid a file.
-const csvStall = time.Minute
+// defaultStall is how long a server may send nothing amid a file.
+const defaultStall = time.Minute
 
-func (i CSVImporter) openURL(ctx context.Context, s *csvSource, u *url.URL) (err error) {
+func (i Importer) openURL(ctx context.Context, s *source, u *url.URL) (err error) {
 	spool, err := os.CreateTemp("", "carpool-import-*.csv")
 	if err != nil {
 		return fmt.Errorf("keep a copy: %w", err)
@@ -118,13 +119,13 @@ func (i CSVImporter) openURL(ctx context.Context, s *csvSource, u *url.URL) (err
 
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
 	if err != nil {
-		return Permanent(errCSVSource)
+		return tasks.Permanent(errSource)
 	}
 	req.Header.Set("Accept", "text/csv, */*")
 	req.Header.Set("User-Agent", "carpool")
-	resp, err := i.Outbound.Client().Do(req)
+	resp, err := outbound.Client(ctx).Do(req)
 	if err != nil {
-		return csvRequestError(ctx, err)
+		return requestError(ctx, err)
 	}
 	release := s.close
 	s.close = func() {
@@ -136,11 +137,11 @@ func (i CSVImporter) openURL(ctx context.Context, s *csvSource, u *url.URL) (err
 	case code == http.StatusRequestTimeout, code == http.StatusTooEarly, code == http.StatusTooManyRequests, code >= 500:
 		return fmt.Errorf("the server answered %d %s", code, http.StatusText(code))
 	default:
-		return Permanent(fmt.Errorf("the server answered %d %s", code, http.StatusText(code)))
+		return tasks.Permanent(fmt.Errorf("the server answered %d %s", code, http.StatusText(code)))
 	}
 	stall := i.stall
 	if stall == 0 {
-		stall = csvStall
+		stall = defaultStall
 	}
 	s.file = spool
 	s.first = io.TeeReader(&stallReader{
@@ -150,10 +151,10 @@ func (i CSVImporter) openURL(ctx context.Context, s *csvSource, u *url.URL) (err
 	return nil
 }
 
-// csvRequestError says why a request failed, without the URL that net/http puts
+// requestError says why a request failed, without the URL that net/http puts
 // into its errors. Nor does it wrap the cause: whoever looks for a lost connection
 // in a job's error means the database's.
-func csvRequestError(ctx context.Context, err error) error {
+func requestError(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
@@ -161,10 +162,10 @@ func csvRequestError(ctx context.Context, err error) error {
 		err = e.Err
 	}
 	if strings.Contains(err.Error(), "Location header") {
-		return Permanent(errors.New("the server redirects to a URL that can't be read"))
+		return tasks.Permanent(errors.New("the server redirects to a URL that can't be read"))
 	}
 	if _, ok := errors.AsType[*outbound.BlockedError](err); ok {
-		return Permanent(err)
+		return tasks.Permanent(err)
 	}
 	return errors.New(err.Error())
 }
@@ -188,43 +189,43 @@ func (s *stallReader) Read(p []byte) (int, error) {
 	case errors.Is(err, io.ErrUnexpectedEOF) && s.ctx.Err() == nil:
 		return n, errors.New("the server's answer was cut short")
 	}
-	return n, csvRequestError(s.ctx, err)
+	return n, requestError(s.ctx, err)
 }
 
 // again returns a reader for another pass over the whole file.
-func (s *csvSource) again(ctx context.Context) (*csvReader, error) {
+func (s *source) again(ctx context.Context) (*reader, error) {
 	if _, err := s.file.Seek(0, io.SeekStart); err != nil {
 		return nil, fmt.Errorf("read it again: %w", err)
 	}
-	return newCSVReader(ctx, s.file, s.seed), nil
+	return newReader(ctx, s.file, s.seed), nil
 }
 
 const (
-	csvBuffer = 64 << 10
-	// csvMaxRecord bounds a record, in bytes, and with it what a quote that is
+	bufferSize = 64 << 10
+	// maxRecord bounds a record, in bytes, and with it what a quote that is
 	// never closed may take of the memory.
-	csvMaxRecord = 8 << 20
-	// csvMaxColumns is what Postgres allows a table (MaxHeapAttributeNumber).
-	csvMaxColumns = 1600
+	maxRecord = 8 << 20
+	// maxColumns is what Postgres allows a table (MaxHeapAttributeNumber).
+	maxColumns = 1600
 )
 
 var (
-	errCSVRecordLong = fmt.Errorf("the record that begins here is longer than %d MiB; is a quote not closed?", csvMaxRecord>>20)
-	errCSVManyFields = fmt.Errorf("it has more fields than the %d columns that Postgres allows a table", csvMaxColumns)
+	errRecordLong = fmt.Errorf("the record that begins here is longer than %d MiB; is a quote not closed?", maxRecord>>20)
+	errManyFields = fmt.Errorf("it has more fields than the %d columns that Postgres allows a table", maxColumns)
 )
 
-// csvReader reads the records of a CSV file as RFC 4180 has them. Empty lines
+// reader reads the records of a CSV file as RFC 4180 has them. Empty lines
 // are skipped, and within quotes a CR before an LF is dropped, as encoding/csv
 // does.
-type csvReader struct {
+type reader struct {
 	csv   *csv.Reader
-	in    csvInput
+	in    input
 	begun bool
 	line  int // the last that was read whole
 }
 
-func newCSVReader(ctx context.Context, r io.Reader, seed maphash.Seed) *csvReader {
-	c := &csvReader{in: csvInput{ctx: ctx, r: r}}
+func newReader(ctx context.Context, r io.Reader, seed maphash.Seed) *reader {
+	c := &reader{in: input{ctx: ctx, r: r}}
 	c.in.sum.SetSeed(seed)
 	return c
 }
@@ -232,11 +233,11 @@ func newCSVReader(ctx context.Context, r io.Reader, seed maphash.Seed) *csvReade
 // next returns the next record, which is valid until the next call; io.EOF after
 // the last. An error in the content is permanent and names its line; any other
 // says after which line the source failed.
-func (r *csvReader) next() ([]string, error) {
+func (r *reader) next() ([]string, error) {
 	r.in.newRecord()
 	if !r.begun {
 		r.begun = true
-		buf := bufio.NewReaderSize(&r.in, csvBuffer)
+		buf := bufio.NewReaderSize(&r.in, bufferSize)
 		if bom, _ := buf.Peek(3); string(bom) == "\uFEFF" {
 			_, _ = buf.Discard(3)
 		}
@@ -251,8 +252,8 @@ func (r *csvReader) next() ([]string, error) {
 		return record, nil
 	}
 	switch {
-	case errors.Is(r.in.err, errCSVRecordLong), errors.Is(r.in.err, errCSVManyFields):
-		return nil, csvFault(r.line+1, "%w", r.in.err)
+	case errors.Is(r.in.err, errRecordLong), errors.Is(r.in.err, errManyFields):
+		return nil, fault(r.line+1, "%w", r.in.err)
 	case r.in.err != nil:
 		// Before what the parser says of a record that was cut short by it.
 		return nil, fmt.Errorf("after line %d: %w", r.line, r.in.err)
@@ -264,21 +265,21 @@ func (r *csvReader) next() ([]string, error) {
 	case !ok:
 		return nil, fmt.Errorf("after line %d: %w", r.line, err)
 	case errors.Is(e.Err, csv.ErrFieldCount):
-		return nil, csvFault(e.Line, "%d fields, but the header has %d", len(record), r.csv.FieldsPerRecord)
+		return nil, fault(e.Line, "%d fields, but the header has %d", len(record), r.csv.FieldsPerRecord)
 	case e.Line != e.StartLine:
-		return nil, csvFault(e.Line, "%w (in the record that begins on line %d)", e.Err, e.StartLine)
+		return nil, fault(e.Line, "%w (in the record that begins on line %d)", e.Err, e.StartLine)
 	}
-	return nil, csvFault(e.Line, "%w", e.Err)
+	return nil, fault(e.Line, "%w", e.Err)
 }
 
 // fieldLine is the line on which field i of the last record begins.
-func (r *csvReader) fieldLine(i int) int {
+func (r *reader) fieldLine(i int) int {
 	line, _ := r.csv.FieldPos(i)
 	return line
 }
 
 // checkText reports what keeps field i of the last record from being text.
-func (r *csvReader) checkText(i int, s string) error {
+func (r *reader) checkText(i int, s string) error {
 	if strings.IndexByte(s, 0) < 0 && utf8.ValidString(s) {
 		return nil
 	}
@@ -288,22 +289,22 @@ func (r *csvReader) checkText(i int, s string) error {
 		case '\n':
 			line++
 		case 0:
-			return csvFault(line, "field %d has a NUL byte, which Postgres can't keep in text", i+1)
+			return fault(line, "field %d has a NUL byte, which Postgres can't keep in text", i+1)
 		case utf8.RuneError:
 			if _, size := utf8.DecodeRuneInString(s[at:]); size == 1 {
-				return csvFault(line, "field %d is not UTF-8", i+1)
+				return fault(line, "field %d is not UTF-8", i+1)
 			}
 		}
 	}
 	return nil
 }
 
-func csvFault(line int, format string, args ...any) error {
-	return Permanent(fmt.Errorf("line %d: %w", line, fmt.Errorf(format, args...)))
+func fault(line int, format string, args ...any) error {
+	return tasks.Permanent(fmt.Errorf("line %d: %w", line, fmt.Errorf(format, args...)))
 }
 
-// csvInput stands between the source and the parser, which has no bounds.
-type csvInput struct {
+// input stands between the source and the parser, which has no bounds.
+type input struct {
 	ctx   context.Context
 	r     io.Reader
 	sum   maphash.Hash // of all bytes
@@ -318,9 +319,9 @@ type csvInput struct {
 	recordBytes, recordFields int
 }
 
-func (in *csvInput) newRecord() { in.recordBytes, in.recordFields = 0, 0 }
+func (in *input) newRecord() { in.recordBytes, in.recordFields = 0, 0 }
 
-func (in *csvInput) Read(p []byte) (int, error) {
+func (in *input) Read(p []byte) (int, error) {
 	if in.err == nil && in.ctx.Err() != nil {
 		in.err = context.Cause(in.ctx)
 	}
@@ -338,7 +339,7 @@ func (in *csvInput) Read(p []byte) (int, error) {
 	// Each comma outside quotes costs the parser 40 bytes, so that a line of
 	// nothing else must be stopped before it is parsed. Quotes come in pairs, or
 	// the parser refuses the record at the first that is alone.
-	if in.recordBytes > csvBuffer {
+	if in.recordBytes > bufferSize {
 		for _, c := range p {
 			if c == '"' {
 				in.quoted = !in.quoted
@@ -350,10 +351,10 @@ func (in *csvInput) Read(p []byte) (int, error) {
 		in.quoted = !in.quoted
 	}
 	switch {
-	case in.recordFields > csvMaxColumns+csvBuffer:
-		in.err = errCSVManyFields
-	case in.recordBytes > csvMaxRecord+csvBuffer:
-		in.err = errCSVRecordLong
+	case in.recordFields > maxColumns+bufferSize:
+		in.err = errManyFields
+	case in.recordBytes > maxRecord+bufferSize:
+		in.err = errRecordLong
 	case err != nil && !errors.Is(err, io.EOF):
 		if n > 0 {
 			in.next = err

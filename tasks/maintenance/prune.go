@@ -1,7 +1,8 @@
-package tasks
+package maintenance
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -10,6 +11,8 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/internal/asynqkey"
+	"github.com/carpool-go/carpool/internal/prune"
+	"github.com/carpool-go/carpool/tasks"
 )
 
 // Prune deletes what carpool's own tables no longer need: records of transactional
@@ -20,10 +23,11 @@ type Prune struct {
 }
 
 const (
-	// pruneKeep is for those who enqueue the same id again: see [EnqueueOptions].
-	pruneKeep = 24 * time.Hour
+	// defaultKeep is for those who enqueue the same id again: see
+	// [tasks.EnqueueOptions].
+	defaultKeep = 24 * time.Hour
 	// webhooksKept is how long the attempts of webhooks are kept.
-	webhooksKept = "30d"
+	webhooksKept = 30 * 24 * time.Hour
 	// donePages is how many pages of 8 kB are gone through at a time, and doneBatch
 	// how many records at most are deleted by one statement.
 	donePages = 128
@@ -35,8 +39,8 @@ func (Prune) Kind() string { return "carpool:prune" }
 
 // Options: the first run on a large table may take long, the result stays for a
 // day, and what one run leaves undone the next one does.
-func (Prune) Options() Options {
-	return Options{MaxRetry: 3, Timeout: time.Hour, Retention: 24 * time.Hour}
+func (Prune) Options() tasks.Options {
+	return tasks.Options{MaxRetry: 3, Timeout: time.Hour, Retention: 24 * time.Hour}
 }
 
 // Validate checks the field's form.
@@ -49,9 +53,9 @@ func (p Prune) Validate() error {
 
 func (p Prune) keep() (time.Duration, error) {
 	if p.Keep == "" {
-		return pruneKeep, nil
+		return defaultKeep, nil
 	}
-	return parseAge(p.Keep)
+	return prune.ParseAge(p.Keep)
 }
 
 // PruneResult says what was deleted.
@@ -64,25 +68,43 @@ type PruneResult struct {
 	Webhooks int64 `json:"webhooks"`
 }
 
-// HandlePrune goes once through carpool.jobs_done, and holds neither a connection
-// nor a lock between two batches.
+// prune goes once through carpool.jobs_done, and holds neither a connection nor a
+// lock between two batches.
 //
 // The record of a job keeps its effects from happening twice. It goes only when
 // no one has the job any more who could deliver it: neither the outbox nor Redis.
-func HandlePrune(ctx context.Context, job *Job, p Prune) (PruneResult, error) {
+func (t *Tasks) prune(ctx context.Context, job *tasks.Job, p Prune) (PruneResult, error) {
 	var result PruneResult
 	keep, err := p.keep()
 	if err != nil {
-		return result, Permanent(fmt.Errorf("keep: %w", err))
+		return result, tasks.Permanent(fmt.Errorf("keep: %w", err))
 	}
-	if err := pruneDone(ctx, job, keep, &result); err != nil {
+	if t.Redis == nil {
+		return result, tasks.Permanent(errors.New("this program has given maintenance.Tasks no Redis to ask for the jobs; nothing is deleted"))
+	}
+	if err := t.pruneDone(ctx, job, keep, &result); err != nil {
 		return result, fmt.Errorf("prune carpool.jobs_done: %w", err)
 	}
-	webhooks, err := HandleRowsPrune(ctx, job, RowsPrune{
-		Table: "carpool.webhook_deliveries", Column: "delivered_at", OlderThan: webhooksKept,
-	})
-	result.Webhooks = webhooks.Deleted
-	return result, err
+	if err := pruneWebhooks(ctx, job, &result); err != nil {
+		return result, fmt.Errorf("prune carpool.webhook_deliveries: %w", err)
+	}
+	return result, nil
+}
+
+// pruneWebhooks deletes the webhooks' old attempts.
+func pruneWebhooks(ctx context.Context, job *tasks.Job, result *PruneResult) error {
+	_, err := prune.Run{
+		DB: job.DB, Schema: "carpool", Table: "webhook_deliveries", Column: "delivered_at", OlderThan: webhooksKept,
+		Deleted: func(rows int64) {
+			result.Webhooks += rows
+			// A progress that can't be shown is no reason to stop.
+			_ = job.Progress(ctx, *result)
+		},
+	}.Do(ctx)
+	if _, ok := errors.AsType[*prune.PermanentError](err); ok {
+		return tasks.Permanent(err)
+	}
+	return err
 }
 
 // doneRecord is an old record of a job.
@@ -94,7 +116,7 @@ type doneRecord struct {
 // pruneDone goes through the table in the order in which the records lie. That is
 // about the order of their age, takes no index that each job would pay for, and
 // comes to an end however many records have to stay.
-func pruneDone(ctx context.Context, job *Job, keep time.Duration, result *PruneResult) error {
+func (t *Tasks) pruneDone(ctx context.Context, job *tasks.Job, keep time.Duration, result *PruneResult) error {
 	var pages int64
 	var cutoff time.Time
 	err := job.DB.QueryRow(ctx, `
@@ -113,7 +135,7 @@ func pruneDone(ctx context.Context, job *Job, keep time.Duration, result *PruneR
 			if more = len(old) == doneBatch; more {
 				after = old[len(old)-1].At
 			}
-			deleted, err := deleteRecords(ctx, job, cutoff, old)
+			deleted, err := t.deleteRecords(ctx, job, cutoff, old)
 			if err != nil {
 				return err
 			}
@@ -126,7 +148,7 @@ func pruneDone(ctx context.Context, job *Job, keep time.Duration, result *PruneR
 	return nil
 }
 
-func oldRecords(ctx context.Context, job *Job, cutoff time.Time, after, end string) ([]doneRecord, error) {
+func oldRecords(ctx context.Context, job *tasks.Job, cutoff time.Time, after, end string) ([]doneRecord, error) {
 	rows, err := job.DB.Query(ctx, `
 		SELECT d.ctid::text, d.id, d.kind, d.queue FROM carpool.jobs_done d
 		WHERE d.ctid > $1::text::tid AND d.ctid < $2::text::tid AND d.done_at < $3 ORDER BY d.ctid LIMIT $4`,
@@ -139,7 +161,7 @@ func oldRecords(ctx context.Context, job *Job, cutoff time.Time, after, end stri
 
 // deleteRecords deletes those of the records whose jobs can't be delivered again.
 // The outbox is asked first: a relay deletes a row only when Redis has its job.
-func deleteRecords(ctx context.Context, job *Job, cutoff time.Time, old []doneRecord) (int64, error) {
+func (t *Tasks) deleteRecords(ctx context.Context, job *tasks.Job, cutoff time.Time, old []doneRecord) (int64, error) {
 	if len(old) == 0 {
 		return 0, nil
 	}
@@ -147,7 +169,7 @@ func deleteRecords(ctx context.Context, job *Job, cutoff time.Time, old []doneRe
 	if err != nil {
 		return 0, err
 	}
-	ids, kinds, err := notInRedis(ctx, job.Client.rdb, old)
+	ids, kinds, err := notInRedis(ctx, t.Redis, old)
 	if err != nil || len(ids) == 0 {
 		return 0, err
 	}
@@ -156,7 +178,7 @@ func deleteRecords(ctx context.Context, job *Job, cutoff time.Time, old []doneRe
 	return tag.RowsAffected(), err
 }
 
-func notInOutbox(ctx context.Context, job *Job, records []doneRecord) ([]doneRecord, error) {
+func notInOutbox(ctx context.Context, job *tasks.Job, records []doneRecord) ([]doneRecord, error) {
 	var ids []string // those of another form come from elsewhere
 	for _, r := range records {
 		if id, err := uuid.Parse(r.ID); err == nil {

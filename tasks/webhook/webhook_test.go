@@ -1,4 +1,4 @@
-package tasks_test
+package webhook_test
 
 import (
 	"context"
@@ -19,11 +19,13 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/jackc/pgx/v5"
 
 	"github.com/carpool-go/carpool/outbound"
 	"github.com/carpool-go/carpool/tasks"
 	"github.com/carpool-go/carpool/tasks/taskstest"
+	"github.com/carpool-go/carpool/tasks/webhook"
 )
 
 const (
@@ -35,17 +37,15 @@ const (
 // webhooks delivers to a receiver on 127.0.0.1.
 type webhooks struct {
 	*taskstest.Kit
-	tasks.WebhookDeliverer
+	webhook.Deliverer
 	log *lockedBuffer
 }
 
 func newWebhooks(t *testing.T) *webhooks {
 	t.Helper()
-	guard, err := outbound.New("127.0.0.1")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &webhooks{taskstest.New(t), tasks.WebhookDeliverer{Secret: webhookSecret, Outbound: guard}, new(lockedBuffer)}
+	kit := taskstest.New(t)
+	kit.OutboundAllow = "127.0.0.1"
+	return &webhooks{kit, webhook.Deliverer{Secret: webhookSecret}, new(lockedBuffer)}
 }
 
 // receiver answers on 127.0.0.1 until the test ends.
@@ -56,13 +56,17 @@ func receiver(t *testing.T, handler http.HandlerFunc) *httptest.Server {
 	return s
 }
 
-func (w *webhooks) payload(url string) tasks.WebhookDeliver {
-	return tasks.WebhookDeliver{URL: url, Event: "order.paid", Body: json.RawMessage(`{"order":17}`)}
+func (w *webhooks) payload(url string) webhook.Deliver {
+	return webhook.Deliver{URL: url, Event: "order.paid", Body: json.RawMessage(`{"order":17}`)}
 }
 
 // attempt makes one attempt of the job webhookJob.
-func (w *webhooks) attempt(ctx context.Context, n int, p tasks.WebhookDeliver) (tasks.WebhookDelivered, error) {
-	return w.Handle(ctx, &tasks.Job{
+func (w *webhooks) attempt(ctx context.Context, n int, p webhook.Deliver) (webhook.Result, error) {
+	guard, err := outbound.New(w.OutboundAllow)
+	if err != nil {
+		return webhook.Result{}, err
+	}
+	return w.Handle(outbound.NewContext(ctx, guard), &tasks.Job{
 		ID: webhookJob, Kind: p.Kind(), Queue: "default", Attempt: n, MaxRetry: 10,
 		DB: w.DB, Client: w.Client, Log: slog.New(slog.NewTextHandler(w.log, nil)),
 	}, p)
@@ -110,6 +114,20 @@ func (w *webhooks) lastAttempt(t testing.TB) string {
 	return status + " " + text
 }
 
+func want[T any](t testing.TB, what string, got, want T) {
+	t.Helper()
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("%s (-want +got):\n%s", what, diff)
+	}
+}
+
+// start runs f in a goroutine; its result is to be received.
+func start(f func() error) <-chan error {
+	done := make(chan error, 1)
+	go func() { done <- f() }()
+	return done
+}
+
 // lockedBuffer is written by one goroutine and read by another.
 type lockedBuffer struct {
 	mu sync.Mutex
@@ -128,7 +146,7 @@ func (l *lockedBuffer) String() string {
 	return l.b.String()
 }
 
-func TestWebhookDeliver_SignsByTheStandardWebhooksConvention(t *testing.T) {
+func TestDeliver_SignsByTheStandardWebhooksConvention(t *testing.T) {
 	t.Parallel()
 	w := newWebhooks(t)
 	var got *http.Request
@@ -145,7 +163,7 @@ func TestWebhookDeliver_SignsByTheStandardWebhooksConvention(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want(t, "result", result, tasks.WebhookDelivered{Status: 202, Attempts: 3})
+	want(t, "result", result, webhook.Result{Status: 202, Attempts: 3})
 	want(t, "request", got.Method+" "+got.URL.String(), "POST /hooks?token=s3cret")
 	want(t, "content type", got.Header.Get("Content-Type"), "application/json")
 	want(t, "body", string(body), `{"type":"order.paid","timestamp":"2025-01-02T03:04:05.678Z","data":{"html":"<b>&amp;</b>","number":12345678901234567890.50}}`)
@@ -175,7 +193,7 @@ func TestWebhookDeliver_SignsByTheStandardWebhooksConvention(t *testing.T) {
 	})
 }
 
-func TestWebhookDeliver_EveryAttemptHasTheSameIDAndBody(t *testing.T) {
+func TestDeliver_EveryAttemptHasTheSameIDAndBody(t *testing.T) {
 	t.Parallel()
 	w := newWebhooks(t)
 	var sent []string
@@ -201,7 +219,7 @@ func TestWebhookDeliver_EveryAttemptHasTheSameIDAndBody(t *testing.T) {
 }
 
 // Jobs that asynq clients of other languages enqueue have ids of their own making.
-func TestWebhookDeliver_NoTimestampIsMadeUp(t *testing.T) {
+func TestDeliver_NoTimestampIsMadeUp(t *testing.T) {
 	t.Parallel()
 	w := newWebhooks(t)
 	bodies := make(chan string, 1)
@@ -216,7 +234,7 @@ func TestWebhookDeliver_NoTimestampIsMadeUp(t *testing.T) {
 	want(t, "body", <-bodies, `{"type":"order.paid","data":{"order":17}}`)
 }
 
-func TestWebhookDeliver_TheAnswerDecides(t *testing.T) {
+func TestDeliver_TheAnswerDecides(t *testing.T) {
 	t.Parallel()
 	w := newWebhooks(t)
 	server := receiver(t, func(rw http.ResponseWriter, r *http.Request) {
@@ -266,7 +284,7 @@ func TestWebhookDeliver_TheAnswerDecides(t *testing.T) {
 	}
 }
 
-func TestWebhookDeliver_KeepsToRetryAfter(t *testing.T) {
+func TestDeliver_KeepsToRetryAfter(t *testing.T) {
 	t.Parallel()
 	w := newWebhooks(t)
 	server := receiver(t, func(rw http.ResponseWriter, r *http.Request) {
@@ -300,7 +318,7 @@ func TestWebhookDeliver_KeepsToRetryAfter(t *testing.T) {
 	}
 }
 
-func TestWebhookDeliver_FollowsNoRedirect(t *testing.T) {
+func TestDeliver_FollowsNoRedirect(t *testing.T) {
 	t.Parallel()
 	w := newWebhooks(t)
 	elsewhere := receiver(t, func(http.ResponseWriter, *http.Request) { t.Error("the redirect was followed") })
@@ -312,7 +330,7 @@ func TestWebhookDeliver_FollowsNoRedirect(t *testing.T) {
 	}
 }
 
-func TestWebhookDeliver_HoldsNoConnectionWhileItWaits(t *testing.T) {
+func TestDeliver_HoldsNoConnectionWhileItWaits(t *testing.T) {
 	t.Parallel()
 	w := newWebhooks(t)
 	arrived, proceed := make(chan struct{}), make(chan struct{})
@@ -331,7 +349,7 @@ func TestWebhookDeliver_HoldsNoConnectionWhileItWaits(t *testing.T) {
 	want(t, "row", w.lastAttempt(t), "200 null")
 }
 
-func TestWebhookDeliver_DoesNotWaitForEver(t *testing.T) {
+func TestDeliver_DoesNotWaitForEver(t *testing.T) {
 	t.Parallel()
 	w := newWebhooks(t)
 	release := make(chan struct{})
@@ -346,7 +364,7 @@ func TestWebhookDeliver_DoesNotWaitForEver(t *testing.T) {
 }
 
 // A worker that stops ends the context; what is known of the attempt is recorded all the same.
-func TestWebhookDeliver_IsRecordedWhenTheWorkerStops(t *testing.T) {
+func TestDeliver_IsRecordedWhenTheWorkerStops(t *testing.T) {
 	t.Parallel()
 	w := newWebhooks(t)
 	arrived, release := make(chan struct{}), make(chan struct{})
@@ -367,7 +385,7 @@ func TestWebhookDeliver_IsRecordedWhenTheWorkerStops(t *testing.T) {
 	want(t, "row", w.lastAttempt(t), "null "+err.Error())
 }
 
-func TestWebhookDeliver_WhatAnEndlessAnswerSaysIsNotRead(t *testing.T) {
+func TestDeliver_WhatAnEndlessAnswerSaysIsNotRead(t *testing.T) {
 	t.Parallel()
 	w := newWebhooks(t)
 	server := receiver(t, func(rw http.ResponseWriter, _ *http.Request) {
@@ -383,7 +401,7 @@ func TestWebhookDeliver_WhatAnEndlessAnswerSaysIsNotRead(t *testing.T) {
 	}
 }
 
-func TestWebhookDeliver_NetworkErrorsAreRetriedAndShowNoSecrets(t *testing.T) {
+func TestDeliver_NetworkErrorsAreRetriedAndShowNoSecrets(t *testing.T) {
 	t.Parallel()
 	w := newWebhooks(t)
 	gone := httptest.NewServer(nil)
@@ -436,11 +454,11 @@ func echo(t *testing.T) (address string) {
 	return l.Addr().String()
 }
 
-func TestWebhookDeliver_CallsPublicAddressesOnly(t *testing.T) {
+func TestDeliver_CallsPublicAddressesOnly(t *testing.T) {
 	t.Parallel()
 	w := newWebhooks(t)
 	server := receiver(t, func(http.ResponseWriter, *http.Request) { t.Error("it was called") })
-	w.Outbound = nil
+	w.OutboundAllow = ""
 	for _, url := range []string{server.URL, strings.Replace(server.URL, "127.0.0.1", "localhost", 1), "http://169.254.169.254/s3cret", "http://[fd00:ec2::254]/"} {
 		_, err := w.attempt(t.Context(), 1, w.payload(url))
 		if !tasks.IsPermanent(err) || !strings.Contains(err.Error(), "OUTBOUND_ALLOW") || strings.Contains(err.Error(), "s3cret") {
@@ -451,7 +469,7 @@ func TestWebhookDeliver_CallsPublicAddressesOnly(t *testing.T) {
 	}
 }
 
-func TestWebhookDeliver_NothingIsSentThatLeavesNoTrace(t *testing.T) {
+func TestDeliver_NothingIsSentThatLeavesNoTrace(t *testing.T) {
 	t.Parallel()
 	w := newWebhooks(t)
 	server := receiver(t, func(http.ResponseWriter, *http.Request) { t.Error("it was sent") })
@@ -464,7 +482,7 @@ func TestWebhookDeliver_NothingIsSentThatLeavesNoTrace(t *testing.T) {
 	}
 }
 
-func TestWebhookDeliver_IsNotSentAgainBecauseItsEndCouldNotBeRecorded(t *testing.T) {
+func TestDeliver_IsNotSentAgainBecauseItsEndCouldNotBeRecorded(t *testing.T) {
 	t.Parallel()
 	w := newWebhooks(t)
 	server := receiver(t, func(http.ResponseWriter, *http.Request) {
@@ -476,13 +494,13 @@ func TestWebhookDeliver_IsNotSentAgainBecauseItsEndCouldNotBeRecorded(t *testing
 	if err != nil {
 		t.Fatal(err)
 	}
-	want(t, "result", result, tasks.WebhookDelivered{Status: 200, Attempts: 1})
+	want(t, "result", result, webhook.Result{Status: 200, Attempts: 1})
 	if text := w.log.String(); !strings.Contains(text, "level=WARN") || !strings.Contains(text, "could not be recorded") || !strings.Contains(text, "status=200") {
 		t.Errorf("the log says nothing of it:\n%s", text)
 	}
 }
 
-func TestWebhookDeliver_ARecordSurvivesAConnectionThatBreaks(t *testing.T) {
+func TestDeliver_ARecordSurvivesAConnectionThatBreaks(t *testing.T) {
 	t.Parallel()
 	w := newWebhooks(t)
 	server := receiver(t, func(http.ResponseWriter, *http.Request) {
@@ -498,7 +516,7 @@ func TestWebhookDeliver_ARecordSurvivesAConnectionThatBreaks(t *testing.T) {
 	want(t, "row", w.lastAttempt(t), "200 null")
 }
 
-func TestWebhookDeliver_NeedsASecret(t *testing.T) {
+func TestDeliver_NeedsASecret(t *testing.T) {
 	t.Parallel()
 	w := newWebhooks(t)
 	server := receiver(t, func(http.ResponseWriter, *http.Request) { t.Error("it was sent") })
@@ -517,7 +535,7 @@ func TestWebhookDeliver_NeedsASecret(t *testing.T) {
 	want(t, "rows", w.deliveries(t), []delivery{})
 }
 
-func TestValidateWebhookSecret(t *testing.T) {
+func TestValidateSecret(t *testing.T) {
 	t.Parallel()
 	for secret, valid := range map[string]bool{
 		webhookSecret: true,
@@ -530,7 +548,7 @@ func TestValidateWebhookSecret(t *testing.T) {
 		"whsec_" + base64.RawStdEncoding.EncodeToString([]byte("s3cret-s3cret-s3cret-1234")): false,
 		"": false, "whsec_": false, "whsec": false, "s3cret": false, webhookSecret + " " + webhookSecret: false,
 	} {
-		err := tasks.ValidateWebhookSecret(secret)
+		err := webhook.ValidateSecret(secret)
 		if (err == nil) != valid {
 			t.Errorf("%q: %v", secret, err)
 		}
@@ -540,9 +558,10 @@ func TestValidateWebhookSecret(t *testing.T) {
 	}
 }
 
-func TestWebhookDeliver_Validate(t *testing.T) {
+func TestDeliver_Validate(t *testing.T) {
 	t.Parallel()
-	set := tasks.Builtin(tasks.Config{})
+	set := new(tasks.Set)
+	tasks.Register(set, webhook.Deliverer{}.Handle)
 	task, err := set.Lookup("webhook:deliver")
 	if err != nil {
 		t.Fatal(err)
@@ -576,7 +595,7 @@ func TestWebhookDeliver_Validate(t *testing.T) {
 			t.Errorf("%s: error %v", payload, err)
 		}
 	}
-	p := tasks.WebhookDeliver{URL: "https://example.com", Event: "a", Body: json.RawMessage("{s3cret")}
+	p := webhook.Deliver{URL: "https://example.com", Event: "a", Body: json.RawMessage("{s3cret")}
 	if err := p.Validate(); err == nil || err.Error() != "body: is not valid JSON" {
 		t.Error(err)
 	}

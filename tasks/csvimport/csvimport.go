@@ -1,4 +1,10 @@
-package tasks
+// Package csvimport is the kind of job csv:import, which streams a CSV file from the
+// web, or from a folder of the worker, into a table of Postgres.
+//
+// A program that enqueues such jobs uses [Import]. Workers have the kind with the
+// group of package builtin; a worker that wants it alone registers
+// [Importer.Handle] with [tasks.RegisterOnce].
+package csvimport
 
 import (
 	"context"
@@ -12,10 +18,10 @@ import (
 
 	"github.com/jackc/pgx/v5"
 
-	"github.com/carpool-go/carpool/outbound"
+	"github.com/carpool-go/carpool/tasks"
 )
 
-// CSVImport imports a CSV file into a table of the schema imports.
+// Import imports a CSV file into a table of the schema imports.
 //
 // The first line names the columns; their names are made fit for SQL. The types
 // are what every value of the file fits without losing anything: bigint, double
@@ -32,92 +38,90 @@ import (
 // the file lacks one, its default is taken. Values must fit the table's types as
 // soundly as those of a new table, for types outside the list above as Postgres
 // takes them. A table that doesn't exist is created.
-type CSVImport struct {
+type Import struct {
 	Source string `json:"source" doc:"where the CSV is: https://…, http://…, or file:///… (below IMPORT_DIR)" example:"file:///seattle-weather.csv"`
 	Table  string `json:"table" doc:"the table, in the schema imports" example:"weather"`
 	Mode   string `json:"mode" doc:"replace the table, or append to it" example:"replace"`
 }
 
 // Kind returns "csv:import".
-func (CSVImport) Kind() string { return "csv:import" }
+func (Import) Kind() string { return "csv:import" }
 
 // Options: a large file may take an hour, and the result stays for a day.
-func (CSVImport) Options() Options {
-	return Options{Timeout: time.Hour, Retention: 24 * time.Hour}
+func (Import) Options() tasks.Options {
+	return tasks.Options{Timeout: time.Hour, Retention: 24 * time.Hour}
 }
 
 const (
-	csvReplace = "replace"
-	csvAppend  = "append"
+	modeReplace = "replace"
+	modeAppend  = "append"
 )
 
 var (
-	csvTableName = regexp.MustCompile(`^[a-z_][a-z0-9_]{0,62}$`)
-	errCSVSource = errors.New("source: must be a URL that begins with https://, http:// or file:///")
+	tableName = regexp.MustCompile(`^[a-z_][a-z0-9_]{0,62}$`)
+	errSource = errors.New("source: must be a URL that begins with https://, http:// or file:///")
 )
 
 // Validate checks the fields' form.
-func (p CSVImport) Validate() error {
+func (p Import) Validate() error {
 	u, err := url.Parse(p.Source)
 	if err != nil {
-		return errCSVSource
+		return errSource
 	}
 	switch u.Scheme {
 	case "http", "https":
 		if u.Hostname() == "" {
-			return errCSVSource
+			return errSource
 		}
 	case "file":
 		if u.Host != "" || strings.Trim(u.Path, "/") == "" {
 			return errors.New("source: a file is named file:///path, with three slashes, below IMPORT_DIR")
 		}
 	default:
-		return errCSVSource
+		return errSource
 	}
-	if !csvTableName.MatchString(p.Table) {
+	if !tableName.MatchString(p.Table) {
 		return errors.New("table: must be a plain name of small letters, digits and underscores, at most 63, not beginning with a digit; it is put into the schema imports")
 	}
-	if p.Mode != csvReplace && p.Mode != csvAppend {
+	if p.Mode != modeReplace && p.Mode != modeAppend {
 		return errors.New(`mode: must be "replace" or "append"`)
 	}
 	return nil
 }
 
-// CSVImportResult says what was imported.
-type CSVImportResult struct {
+// Result says what was imported.
+type Result struct {
 	// Table is the full name: imports.weather.
 	Table string `json:"table"`
 	Rows  int64  `json:"rows"`
 	// Bytes is the size of the file.
 	Bytes int64 `json:"bytes"`
 	// Columns are those of the file, in its order.
-	Columns []CSVColumn `json:"columns"`
+	Columns []Column `json:"columns"`
 }
 
-// CSVColumn is a column that a file was imported into.
-type CSVColumn struct {
+// Column is a column that a file was imported into.
+type Column struct {
 	Name string `json:"name"`
 	// Type is the name of its SQL type.
 	Type string `json:"type"`
 }
 
-// csvProgress is what a running import shows of itself.
-type csvProgress struct {
+// progress is what a running import shows of itself.
+type progress struct {
 	// Phase is "reading" while types are inferred, then "loading".
 	Phase string `json:"phase"`
 	Rows  int64  `json:"rows"`
 	Bytes int64  `json:"bytes"`
 }
 
-// CSVImporter runs [CSVImport] jobs. The zero value reads URLs with public
-// addresses and no files.
-type CSVImporter struct {
-	// ImportDir is the folder below which files are read; "" refuses them.
-	ImportDir string
-	// Outbound guards the requests; nil allows public addresses only.
-	Outbound *outbound.Guard
+// Importer runs [Import] jobs. It reads URLs that the worker lets jobs call, see
+// [outbound.Client]. The zero value reads no files.
+type Importer struct {
+	// Dir is the folder below which files are read; "" refuses them.
+	Dir string
 
-	stall time.Duration // 0 = csvStall
+	stall time.Duration // 0 = defaultStall
 }
 
 // Handle imports the file, or leaves the table as it was.
@@ -132,64 +136,64 @@ type CSVImporter struct {
 // What is wrong with the content, and a source that can't be had, is permanent; a
 // server in trouble, a download that is cut short and a lost database are not.
 //
-// The second pass is the transaction of [Once]: rows are appended once, however
-// often the job is delivered.
-func (i CSVImporter) Handle(ctx context.Context, job *Job, p CSVImport) (CSVImportResult, error) {
+// The second pass is the transaction of [tasks.Once]: rows are appended once,
+// however often the job is delivered.
+func (i Importer) Handle(ctx context.Context, job *tasks.Job, p Import) (Result, error) {
 	src, err := i.open(ctx, p.Source)
 	if err != nil {
-		return CSVImportResult{}, err
+		return Result{}, err
 	}
 	defer src.close()
 	report := func(phase string, rows, bytes int64) {
 		// A progress that can't be shown is no reason to give the import up.
-		_ = job.Progress(ctx, csvProgress{phase, rows, bytes})
+		_ = job.Progress(ctx, progress{phase, rows, bytes})
 	}
-	sheet, err := src.infer(ctx, report)
+	inferred, err := src.infer(ctx, report)
 	if err != nil {
-		return CSVImportResult{}, fmt.Errorf("%s: %w", src.name, err)
+		return Result{}, fmt.Errorf("%s: %w", src.name, err)
 	}
-	result, err := Once(ctx, job, func(tx pgx.Tx) (CSVImportResult, error) {
-		load := csvLoad{src: src, sheet: sheet, table: p.Table, report: report}
-		return load.run(ctx, tx, p.Mode)
+	result, err := tasks.Once(ctx, job, func(tx pgx.Tx) (Result, error) {
+		l := loader{src: src, sheet: inferred, table: p.Table, report: report}
+		return l.run(ctx, tx, p.Mode)
 	})
 	if err != nil {
-		return CSVImportResult{}, fmt.Errorf("%s: %w", src.name, err)
+		return Result{}, fmt.Errorf("%s: %w", src.name, err)
 	}
 	return result, nil
 }
 
-// csvSheet is what the first pass learns of a file.
-type csvSheet struct {
-	columns []csvColumn
+// sheet is what the first pass learns of a file.
+type sheet struct {
+	columns []inferredColumn
 	rows    int64
 	bytes   int64
 	sum     uint64
 }
 
-// csvReportRows is how many rows go by between two looks at the clock.
-const csvReportRows = 1000
+// reportRows is how many rows go by between two looks at the clock.
+const reportRows = 1000
 
 // infer reads the file once, to its end.
-func (s *csvSource) infer(ctx context.Context, report func(phase string, rows, bytes int64)) (*csvSheet, error) {
-	r := newCSVReader(ctx, s.first, s.seed)
+func (s *source) infer(ctx context.Context, report func(phase string, rows, bytes int64)) (*sheet, error) {
+	r := newReader(ctx, s.first, s.seed)
 	header, err := r.next()
 	if errors.Is(err, io.EOF) {
-		return nil, csvFault(1, "the file is empty; its first line must name the columns")
+		return nil, fault(1, "the file is empty; its first line must name the columns")
 	}
 	if err != nil {
 		return nil, err
 	}
-	if len(header) > csvMaxColumns {
-		return nil, csvFault(r.line, "%d columns, but Postgres allows a table %d", len(header), csvMaxColumns)
+	if len(header) > maxColumns {
+		return nil, fault(r.line, "%d columns, but Postgres allows a table %d", len(header), maxColumns)
 	}
 	for i, name := range header {
 		if err := r.checkText(i, name); err != nil {
 			return nil, err
 		}
 	}
-	sheet := &csvSheet{columns: make([]csvColumn, len(header))}
-	for i, name := range csvColumnNames(header) {
-		sheet.columns[i] = csvColumn{name: name, fits: csvAnyType}
+	found := &sheet{columns: make([]inferredColumn, len(header))}
+	for i, name := range columnNames(header) {
+		found.columns[i] = inferredColumn{name: name, fits: anyType}
 	}
 	for {
 		record, err := r.next()
@@ -199,19 +203,19 @@ func (s *csvSource) infer(ctx context.Context, report func(phase string, rows, b
 		if err != nil {
 			return nil, err
 		}
-		sheet.rows++
-		if sheet.rows%csvReportRows == 0 {
-			report("reading", sheet.rows, r.in.bytes)
+		found.rows++
+		if found.rows%reportRows == 0 {
+			report("reading", found.rows, r.in.bytes)
 		}
 		for i, value := range record {
 			if value == "" {
 				continue
 			}
-			column := &sheet.columns[i]
+			column := &found.columns[i]
 			column.used = true
-			var types csvTypes
+			var types typeSet
 			if column.fits != 0 {
-				types = csvTypesOf(value)
+				types = typesOf(value)
 				if lost := column.fits &^ types; lost != 0 {
 					column.misfit(lost, r.fieldLine(i))
 				}
@@ -224,6 +228,6 @@ func (s *csvSource) infer(ctx context.Context, report func(phase string, rows, b
 			}
 		}
 	}
-	sheet.bytes, sheet.sum = r.in.bytes, r.in.sum.Sum64()
-	return sheet, nil
+	found.bytes, found.sum = r.in.bytes, r.in.sum.Sum64()
+	return found, nil
 }

@@ -1,4 +1,4 @@
-package tasks_test
+package csvimport_test
 
 import (
 	"bytes"
@@ -27,43 +27,41 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/carpool-go/carpool/dbpool"
-	"github.com/carpool-go/carpool/outbound"
 	"github.com/carpool-go/carpool/tasks"
+	"github.com/carpool-go/carpool/tasks/csvimport"
 	"github.com/carpool-go/carpool/tasks/taskstest"
 )
 
 // imports is an importer with a folder of its own, on a database of its own.
 type imports struct {
 	*taskstest.Kit
-	tasks.CSVImporter
+	csvimport.Importer
 }
 
 func newImports(t testing.TB) *imports {
 	t.Helper()
-	guard, err := outbound.New("127.0.0.1")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &imports{taskstest.New(t), tasks.CSVImporter{ImportDir: t.TempDir(), Outbound: guard}}
+	kit := taskstest.New(t)
+	kit.OutboundAllow = "127.0.0.1"
+	return &imports{kit, csvimport.Importer{Dir: t.TempDir()}}
 }
 
 func (i *imports) write(t testing.TB, name, content string) {
 	t.Helper()
-	if err := os.WriteFile(filepath.Join(i.ImportDir, name), []byte(content), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(i.Dir, name), []byte(content), 0o600); err != nil {
 		t.Fatal(err)
 	}
 }
 
 // run imports a text into the table t.
-func (i *imports) run(t testing.TB, mode, content string) (tasks.CSVImportResult, error) {
+func (i *imports) run(t testing.TB, mode, content string) (csvimport.Result, error) {
 	t.Helper()
 	i.write(t, "t.csv", content)
 	return i.runFrom(t, mode, "file:///t.csv")
 }
 
-func (i *imports) runFrom(t testing.TB, mode, source string) (tasks.CSVImportResult, error) {
+func (i *imports) runFrom(t testing.TB, mode, source string) (csvimport.Result, error) {
 	t.Helper()
-	return taskstest.Run(t, i.Kit, i.Handle, tasks.CSVImport{Source: source, Table: "t", Mode: mode})
+	return taskstest.Run(t, i.Kit, i.Handle, csvimport.Import{Source: source, Table: "t", Mode: mode})
 }
 
 func (i *imports) exec(t testing.TB, sql string) {
@@ -112,7 +110,7 @@ func (i *imports) table(t testing.TB) []string {
 	return all
 }
 
-func types(r tasks.CSVImportResult) string {
+func types(r csvimport.Result) string {
 	var all []string
 	for _, c := range r.Columns {
 		all = append(all, c.Name+" "+c.Type)
@@ -127,16 +125,16 @@ func want[T any](t testing.TB, what string, got, want T) {
 	}
 }
 
-func TestCSVImport_SeattleWeather(t *testing.T) {
+func TestImport_SeattleWeather(t *testing.T) {
 	t.Parallel()
 	i := newImports(t)
-	i.ImportDir = "../dev/data"
+	i.Dir = "../../dev/data"
 	result, err := i.runFrom(t, "replace", "file:///seattle-weather.csv")
 	if err != nil {
 		t.Fatal(err)
 	}
-	want(t, "result", result, tasks.CSVImportResult{
-		Table: "imports.t", Rows: 1461, Bytes: 48219, Columns: []tasks.CSVColumn{
+	want(t, "result", result, csvimport.Result{
+		Table: "imports.t", Rows: 1461, Bytes: 48219, Columns: []csvimport.Column{
 			{"date", "date"},
 			{"precipitation", "double precision"},
 			{"temp_max", "double precision"},
@@ -149,10 +147,10 @@ func TestCSVImport_SeattleWeather(t *testing.T) {
 	want(t, "count", i.rows(t, `SELECT count(*), min(date), max(date) FROM imports.t`), []string{"1461|2012-01-01|2015-12-31"})
 }
 
-func TestCSVImport_Airports(t *testing.T) {
+func TestImport_Airports(t *testing.T) {
 	t.Parallel()
 	i := newImports(t)
-	i.ImportDir = "testdata"
+	i.Dir = "testdata"
 	result, err := i.runFrom(t, "replace", "file:///airports.csv")
 	if err != nil {
 		t.Fatal(err)
@@ -161,7 +159,7 @@ func TestCSVImport_Airports(t *testing.T) {
 	want(t, "an airport", i.rows(t, `SELECT * FROM imports.t WHERE iata = 'DBN'`), []string{`DBN|W. H. "Bud" Barron|Dublin|GA|USA|32.56445806|-82.98525556`})
 }
 
-func TestCSVImport_InfersTypesFromTheWholeFile(t *testing.T) {
+func TestImport_InfersTypesFromTheWholeFile(t *testing.T) {
 	t.Parallel()
 	i := newImports(t)
 	var b strings.Builder
@@ -180,7 +178,7 @@ func TestCSVImport_InfersTypesFromTheWholeFile(t *testing.T) {
 	want(t, "the first row", i.rows(t, `SELECT id, zip, price, active, day, at AT TIME ZONE 'UTC', big_id, empty, late, id_2 FROM imports.t WHERE id = 0 AND id_2 IS NULL`), []string{"0|00501|0.5|t|2024-02-29|2024-02-29 11:00:00|9007199254740993|NULL|0|NULL"})
 }
 
-func TestCSVImport_SmallFiles(t *testing.T) {
+func TestImport_SmallFiles(t *testing.T) {
 	t.Parallel()
 	i := newImports(t)
 	for content, wanted := range map[string][]string{
@@ -204,7 +202,7 @@ func TestCSVImport_SmallFiles(t *testing.T) {
 
 // Whatever text is in a well-formed file, the import succeeds, and each cell can
 // be told from the table again.
-func TestCSVImport_EveryCellIsRecoveredFromItsColumn(t *testing.T) {
+func TestImport_EveryCellIsRecoveredFromItsColumn(t *testing.T) {
 	t.Parallel()
 	i := newImports(t)
 	anyText := rapid.OneOf(
@@ -337,7 +335,7 @@ func instant(s string) time.Time {
 	return time.Time{}
 }
 
-func TestCSVImport_ContentThatIsWrongIsOneErrorThatNamesTheLine(t *testing.T) {
+func TestImport_ContentThatIsWrongIsOneErrorThatNamesTheLine(t *testing.T) {
 	t.Parallel()
 	i := newImports(t)
 	if _, err := i.run(t, "replace", "a,b\n1,old\n"); err != nil {
@@ -383,7 +381,7 @@ func TestCSVImport_ContentThatIsWrongIsOneErrorThatNamesTheLine(t *testing.T) {
 	}
 }
 
-func TestCSVImport_LongRecordsWithinTheBoundAreTaken(t *testing.T) {
+func TestImport_LongRecordsWithinTheBoundAreTaken(t *testing.T) {
 	t.Parallel()
 	i := newImports(t)
 	long := strings.Repeat(`a,"",b`+"\n", (8<<20)/7-10) // a field of commas, quotes and newlines
@@ -393,20 +391,20 @@ func TestCSVImport_LongRecordsWithinTheBoundAreTaken(t *testing.T) {
 	want(t, "length", i.rows(t, "SELECT length(b) FROM imports.t ORDER BY a"), []string{strconv.Itoa(len(strings.ReplaceAll(long, `""`, `"`))), "1"})
 }
 
-func TestCSVImport_FilesOnlyBelowImportDir(t *testing.T) {
+func TestImport_FilesOnlyBelowImportDir(t *testing.T) {
 	t.Parallel()
 	i := newImports(t)
 	outside := filepath.Join(t.TempDir(), "outside.csv")
 	for _, err := range []error{
 		os.WriteFile(outside, []byte("a\n1\n"), 0o600),
-		os.MkdirAll(filepath.Join(i.ImportDir, "sub dir", "deep"), 0o700),
-		os.WriteFile(filepath.Join(i.ImportDir, "sub dir", "in.csv"), []byte("a\n1\n"), 0o600),
-		os.Symlink(outside, filepath.Join(i.ImportDir, "absolute.csv")),
-		os.Symlink("../"+filepath.Base(filepath.Dir(outside))+"/outside.csv", filepath.Join(i.ImportDir, "relative.csv")),
-		os.Symlink(filepath.Dir(outside), filepath.Join(i.ImportDir, "folder")),
-		os.Symlink("sub dir/in.csv", filepath.Join(i.ImportDir, "inside.csv")),
-		os.Symlink("/dev/zero", filepath.Join(i.ImportDir, "device.csv")),
-		exec.Command("mkfifo", filepath.Join(i.ImportDir, "fifo.csv")).Run(),
+		os.MkdirAll(filepath.Join(i.Dir, "sub dir", "deep"), 0o700),
+		os.WriteFile(filepath.Join(i.Dir, "sub dir", "in.csv"), []byte("a\n1\n"), 0o600),
+		os.Symlink(outside, filepath.Join(i.Dir, "absolute.csv")),
+		os.Symlink("../"+filepath.Base(filepath.Dir(outside))+"/outside.csv", filepath.Join(i.Dir, "relative.csv")),
+		os.Symlink(filepath.Dir(outside), filepath.Join(i.Dir, "folder")),
+		os.Symlink("sub dir/in.csv", filepath.Join(i.Dir, "inside.csv")),
+		os.Symlink("/dev/zero", filepath.Join(i.Dir, "device.csv")),
+		exec.Command("mkfifo", filepath.Join(i.Dir, "fifo.csv")).Run(),
 	} {
 		if err != nil {
 			t.Fatal(err)
@@ -443,19 +441,19 @@ func TestCSVImport_FilesOnlyBelowImportDir(t *testing.T) {
 		}
 	}
 
-	i.ImportDir = ""
+	i.Dir = ""
 	_, err := i.runFrom(t, "replace", "file:///sub%20dir/in.csv")
 	if err == nil || !strings.Contains(err.Error(), "IMPORT_DIR") || !tasks.IsPermanent(err) {
 		t.Errorf("without IMPORT_DIR: %v", err)
 	}
-	i.ImportDir = filepath.Join(t.TempDir(), "gone")
+	i.Dir = filepath.Join(t.TempDir(), "gone")
 	_, err = i.runFrom(t, "replace", "file:///x.csv")
 	if err == nil || !strings.Contains(err.Error(), "IMPORT_DIR") || !tasks.IsPermanent(err) {
 		t.Errorf("without the folder: %v", err)
 	}
 }
 
-func TestCSVImport_SourcesThatCannotBeHad(t *testing.T) {
+func TestImport_SourcesThatCannotBeHad(t *testing.T) {
 	t.Parallel()
 	i := newImports(t)
 	if _, err := i.run(t, "replace", "a,b\n1,old\n"); err != nil {
@@ -527,7 +525,7 @@ func TestCSVImport_SourcesThatCannotBeHad(t *testing.T) {
 	want(t, "table", i.table(t), before)
 }
 
-func TestCSVImport_ReadsAURLOnce(t *testing.T) {
+func TestImport_ReadsAURLOnce(t *testing.T) {
 	t.Parallel()
 	i := newImports(t)
 	var requests sync.Map
@@ -551,7 +549,7 @@ func TestCSVImport_ReadsAURLOnce(t *testing.T) {
 	want(t, "table", i.table(t), []string{"t|r", "a|bigint", "b|text", "(1,x)", "(2,y)"})
 }
 
-func TestCSVImport_ThePoolHearsOfItsStatements(t *testing.T) {
+func TestImport_ThePoolHearsOfItsStatements(t *testing.T) {
 	t.Parallel()
 	i := newImports(t)
 	var log bytes.Buffer // of a pool that only this goroutine uses
@@ -572,7 +570,7 @@ func TestCSVImport_ThePoolHearsOfItsStatements(t *testing.T) {
 	}
 }
 
-func TestCSVImport_HoldsNoConnectionWhileItReads(t *testing.T) {
+func TestImport_HoldsNoConnectionWhileItReads(t *testing.T) {
 	t.Parallel()
 	i := newImports(t)
 	sent, proceed := make(chan struct{}), make(chan struct{})
@@ -609,7 +607,7 @@ func until(t testing.TB, what string, condition func() bool) {
 	}
 }
 
-func TestCSVImport_AFileThatChangesBetweenThePassesIsRefused(t *testing.T) {
+func TestImport_AFileThatChangesBetweenThePassesIsRefused(t *testing.T) {
 	t.Parallel()
 	for name, changed := range map[string]string{
 		"grown":              "a,b\n1,x\n2,y\n3,z\n",
@@ -655,7 +653,7 @@ func TestCSVImport_AFileThatChangesBetweenThePassesIsRefused(t *testing.T) {
 	}
 }
 
-func TestCSVImport_ReadersSeeTheOldTableOrTheNewOne(t *testing.T) {
+func TestImport_ReadersSeeTheOldTableOrTheNewOne(t *testing.T) {
 	t.Parallel()
 	i := newImports(t)
 	if _, err := i.run(t, "replace", "old\n"+strings.Repeat("1\n", 1000)); err != nil {
@@ -697,7 +695,7 @@ func TestCSVImport_ReadersSeeTheOldTableOrTheNewOne(t *testing.T) {
 	}
 }
 
-func TestCSVImport_ManyAtOnceIntoOneTable(t *testing.T) {
+func TestImport_ManyAtOnceIntoOneTable(t *testing.T) {
 	t.Parallel()
 	for mode, wanted := range map[string]int{"replace": 500, "append": 6 * 500} {
 		t.Run(mode, func(t *testing.T) {
@@ -719,7 +717,7 @@ func TestCSVImport_ManyAtOnceIntoOneTable(t *testing.T) {
 	}
 }
 
-func TestCSVImport_WhatOthersDependOnIsNotReplaced(t *testing.T) {
+func TestImport_WhatOthersDependOnIsNotReplaced(t *testing.T) {
 	t.Parallel()
 	i := newImports(t)
 	if _, err := i.run(t, "replace", "a\n1\n"); err != nil {
@@ -733,13 +731,13 @@ func TestCSVImport_WhatOthersDependOnIsNotReplaced(t *testing.T) {
 	}
 	want(t, "table", i.table(t), before)
 
-	_, err = taskstest.Run(t, i.Kit, i.Handle, tasks.CSVImport{Source: "file:///t.csv", Table: "v", Mode: "replace"})
+	_, err = taskstest.Run(t, i.Kit, i.Handle, csvimport.Import{Source: "file:///t.csv", Table: "v", Mode: "replace"})
 	if err == nil || !tasks.IsPermanent(err) || !strings.Contains(err.Error(), `"v" is not a table`) {
 		t.Errorf("a view: error %v, permanent %t", err, tasks.IsPermanent(err))
 	}
 }
 
-func TestCSVImport_AppendsToColumnsByName(t *testing.T) {
+func TestImport_AppendsToColumnsByName(t *testing.T) {
 	t.Parallel()
 	i := newImports(t)
 	result, err := i.run(t, "append", "id,price,name\n1,1.5,x\n")
@@ -761,7 +759,7 @@ func TestCSVImport_AppendsToColumnsByName(t *testing.T) {
 	})
 }
 
-func TestCSVImport_AppendsWhatPostgresTakesForOtherTypes(t *testing.T) {
+func TestImport_AppendsWhatPostgresTakesForOtherTypes(t *testing.T) {
 	t.Parallel()
 	i := newImports(t)
 	i.exec(t, `CREATE TABLE imports.t (id int GENERATED BY DEFAULT AS IDENTITY, u uuid, n numeric, j jsonb, s varchar(3), at timestamptz, made date DEFAULT '2020-01-01')`)
@@ -773,7 +771,7 @@ func TestCSVImport_AppendsWhatPostgresTakesForOtherTypes(t *testing.T) {
 	want(t, "row", i.rows(t, "SELECT id, u, n, j, s, at AT TIME ZONE 'UTC', made FROM imports.t"), []string{`1|00000000-0000-0000-0000-000000000001|12345678901234567890.5|{"a": 1}|é€x|2024-01-01 00:00:00|2020-01-01`})
 }
 
-func TestCSVImport_AppendedValuesMustFit(t *testing.T) {
+func TestImport_AppendedValuesMustFit(t *testing.T) {
 	t.Parallel()
 	i := newImports(t)
 	i.exec(t, `CREATE DOMAIN whole AS int`)
@@ -815,7 +813,7 @@ func TestCSVImport_AppendedValuesMustFit(t *testing.T) {
 	}
 }
 
-func TestCSVImport_KilledInTheMiddleItIsTriedAgain(t *testing.T) {
+func TestImport_KilledInTheMiddleItIsTriedAgain(t *testing.T) {
 	t.Parallel()
 	i := newImports(t)
 	i.exec(t, `CREATE TABLE imports.t (a bigint)`)
@@ -850,7 +848,7 @@ func TestCSVImport_KilledInTheMiddleItIsTriedAgain(t *testing.T) {
 
 	ctx, cancel := context.WithCancel(t.Context())
 	done = start(func() error {
-		_, err := i.Handle(ctx, &tasks.Job{DB: i.DB, Log: slog.New(slog.DiscardHandler)}, tasks.CSVImport{Source: "file:///t.csv", Table: "t", Mode: "append"})
+		_, err := i.Handle(ctx, &tasks.Job{DB: i.DB, Log: slog.New(slog.DiscardHandler)}, csvimport.Import{Source: "file:///t.csv", Table: "t", Mode: "append"})
 		return err
 	})
 	until(t, "the import is in the middle of its COPY", inTheMiddle)
@@ -869,7 +867,7 @@ func TestCSVImport_KilledInTheMiddleItIsTriedAgain(t *testing.T) {
 	want(t, "rows in the end", i.rows(t, "SELECT count(*) FROM imports.t"), []string{"100001"})
 }
 
-func TestCSVImport_KilledBeforeTheExchangeItLeavesTheOldTable(t *testing.T) {
+func TestImport_KilledBeforeTheExchangeItLeavesTheOldTable(t *testing.T) {
 	t.Parallel()
 	i := newImports(t)
 	if _, err := i.run(t, "replace", "old\n1\n"); err != nil {
@@ -894,7 +892,7 @@ func TestCSVImport_KilledBeforeTheExchangeItLeavesTheOldTable(t *testing.T) {
 	want(t, "table", i.table(t), before)
 }
 
-func TestCSVImport_ShowsItsProgress(t *testing.T) {
+func TestImport_ShowsItsProgress(t *testing.T) {
 	t.Parallel()
 	i := newImports(t)
 	i.write(t, "t.csv", "a\n"+strings.Repeat("1\n", 2000))
@@ -903,7 +901,7 @@ func TestCSVImport_ShowsItsProgress(t *testing.T) {
 		DB: i.DB, Log: slog.New(slog.DiscardHandler),
 		WriteResult: func(b []byte) error { shown = append(shown, string(b)); return errors.New("Redis is away") },
 	}
-	if _, err := i.Handle(t.Context(), job, tasks.CSVImport{Source: "file:///t.csv", Table: "t", Mode: "replace"}); err != nil {
+	if _, err := i.Handle(t.Context(), job, csvimport.Import{Source: "file:///t.csv", Table: "t", Mode: "replace"}); err != nil {
 		t.Fatal(err)
 	}
 	// None could be written, so each was tried.
@@ -916,36 +914,36 @@ func TestCSVImport_ShowsItsProgress(t *testing.T) {
 	})
 }
 
-func TestCSVImport_PayloadIsValidated(t *testing.T) {
+func TestImport_PayloadIsValidated(t *testing.T) {
 	t.Parallel()
-	valid := tasks.CSVImport{Source: "https://example.com/x.csv", Table: "t", Mode: "replace"}
+	valid := csvimport.Import{Source: "https://example.com/x.csv", Table: "t", Mode: "replace"}
 	for _, tc := range []struct {
-		change func(*tasks.CSVImport)
+		change func(*csvimport.Import)
 		wanted string
 	}{
-		{func(*tasks.CSVImport) {}, ""},
-		{func(p *tasks.CSVImport) { p.Source = "HTTP://example.com/x.csv" }, ""},
-		{func(p *tasks.CSVImport) { p.Source = "file:///x.csv" }, ""},
-		{func(p *tasks.CSVImport) { p.Table = strings.Repeat("x", 63) }, ""},
-		{func(p *tasks.CSVImport) { p.Mode = "append" }, ""},
-		{func(p *tasks.CSVImport) { p.Source = "" }, "source: "},
-		{func(p *tasks.CSVImport) { p.Source = "x.csv" }, "source: "},
-		{func(p *tasks.CSVImport) { p.Source = "ftp://s3cret/x.csv" }, "source: "},
-		{func(p *tasks.CSVImport) { p.Source = "https:///x.csv" }, "source: "},
-		{func(p *tasks.CSVImport) { p.Source = "https://:80/s3cret" }, "source: "},
-		{func(p *tasks.CSVImport) { p.Source = "https://s3cret:s3cret@exa mple/" }, "source: "},
-		{func(p *tasks.CSVImport) { p.Source = "file://x.csv" }, "source: "},
-		{func(p *tasks.CSVImport) { p.Source = "file:x.csv" }, "source: "},
-		{func(p *tasks.CSVImport) { p.Source = "file:///" }, "source: "},
-		{func(p *tasks.CSVImport) { p.Table = "" }, "table: "},
-		{func(p *tasks.CSVImport) { p.Table = "Weather" }, "table: "},
-		{func(p *tasks.CSVImport) { p.Table = "1t" }, "table: "},
-		{func(p *tasks.CSVImport) { p.Table = "public.t" }, "table: "},
-		{func(p *tasks.CSVImport) { p.Table = `t"; DROP TABLE x; --` }, "table: "},
-		{func(p *tasks.CSVImport) { p.Table = strings.Repeat("x", 64) }, "table: "},
-		{func(p *tasks.CSVImport) { p.Table = "t\n" }, "table: "},
-		{func(p *tasks.CSVImport) { p.Mode = "" }, "mode: "},
-		{func(p *tasks.CSVImport) { p.Mode = "Replace" }, "mode: "},
+		{func(*csvimport.Import) {}, ""},
+		{func(p *csvimport.Import) { p.Source = "HTTP://example.com/x.csv" }, ""},
+		{func(p *csvimport.Import) { p.Source = "file:///x.csv" }, ""},
+		{func(p *csvimport.Import) { p.Table = strings.Repeat("x", 63) }, ""},
+		{func(p *csvimport.Import) { p.Mode = "append" }, ""},
+		{func(p *csvimport.Import) { p.Source = "" }, "source: "},
+		{func(p *csvimport.Import) { p.Source = "x.csv" }, "source: "},
+		{func(p *csvimport.Import) { p.Source = "ftp://s3cret/x.csv" }, "source: "},
+		{func(p *csvimport.Import) { p.Source = "https:///x.csv" }, "source: "},
+		{func(p *csvimport.Import) { p.Source = "https://:80/s3cret" }, "source: "},
+		{func(p *csvimport.Import) { p.Source = "https://s3cret:s3cret@exa mple/" }, "source: "},
+		{func(p *csvimport.Import) { p.Source = "file://x.csv" }, "source: "},
+		{func(p *csvimport.Import) { p.Source = "file:x.csv" }, "source: "},
+		{func(p *csvimport.Import) { p.Source = "file:///" }, "source: "},
+		{func(p *csvimport.Import) { p.Table = "" }, "table: "},
+		{func(p *csvimport.Import) { p.Table = "Weather" }, "table: "},
+		{func(p *csvimport.Import) { p.Table = "1t" }, "table: "},
+		{func(p *csvimport.Import) { p.Table = "public.t" }, "table: "},
+		{func(p *csvimport.Import) { p.Table = `t"; DROP TABLE x; --` }, "table: "},
+		{func(p *csvimport.Import) { p.Table = strings.Repeat("x", 64) }, "table: "},
+		{func(p *csvimport.Import) { p.Table = "t\n" }, "table: "},
+		{func(p *csvimport.Import) { p.Mode = "" }, "mode: "},
+		{func(p *csvimport.Import) { p.Mode = "Replace" }, "mode: "},
 	} {
 		p := valid
 		tc.change(&p)
@@ -957,7 +955,7 @@ func TestCSVImport_PayloadIsValidated(t *testing.T) {
 }
 
 // Not parallel, so that no other test's memory is counted.
-func TestCSVImport_TenMillionCellsWithinFlatMemory(t *testing.T) {
+func TestImport_TenMillionCellsWithinFlatMemory(t *testing.T) {
 	const rows, most = 1_000_000, 48 << 20 // of which 17 are the parser of the migrations
 	i := newImports(t)
 	const block = 1000
@@ -1010,9 +1008,9 @@ func TestCSVImport_TenMillionCellsWithinFlatMemory(t *testing.T) {
 	want(t, "files left behind", left, nil)
 }
 
-func TestCSVImport_ResultAsJSON(t *testing.T) {
+func TestImport_ResultAsJSON(t *testing.T) {
 	t.Parallel()
-	data, err := json.Marshal(tasks.CSVImportResult{Table: "imports.t", Rows: 1, Bytes: 2, Columns: []tasks.CSVColumn{{"a", "bigint"}}})
+	data, err := json.Marshal(csvimport.Result{Table: "imports.t", Rows: 1, Bytes: 2, Columns: []csvimport.Column{{"a", "bigint"}}})
 	if err != nil {
 		t.Fatal(err)
 	}

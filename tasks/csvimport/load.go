@@ -1,4 +1,4 @@
-package tasks
+package csvimport
 
 import (
 	"context"
@@ -16,40 +16,42 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgtype"
+
+	"github.com/carpool-go/carpool/tasks"
 )
 
-// csvLoad is the second pass, into the database.
-type csvLoad struct {
-	src    *csvSource
-	sheet  *csvSheet
+// loader is the second pass, into the database.
+type loader struct {
+	src    *source
+	sheet  *sheet
 	table  string
 	report func(phase string, rows, bytes int64)
 }
 
 // run brings the sheet into the table, within tx. It neither commits nor rolls
 // back; after an error, tx must be rolled back.
-func (l *csvLoad) run(ctx context.Context, tx pgx.Tx, mode string) (CSVImportResult, error) {
-	columns := make([]CSVColumn, len(l.sheet.columns))
+func (l *loader) run(ctx context.Context, tx pgx.Tx, mode string) (Result, error) {
+	columns := make([]Column, len(l.sheet.columns))
 	for i := range l.sheet.columns {
-		columns[i] = CSVColumn{l.sheet.columns[i].name, l.sheet.columns[i].typeName()}
+		columns[i] = Column{l.sheet.columns[i].name, l.sheet.columns[i].typeName()}
 	}
 	var err error
-	if mode == csvReplace {
+	if mode == modeReplace {
 		err = l.replace(ctx, tx, columns)
 	} else {
 		columns, err = l.append(ctx, tx, columns)
 	}
 	if err != nil {
-		return CSVImportResult{}, l.wordError(ctx, err)
+		return Result{}, l.wordError(ctx, err)
 	}
-	return CSVImportResult{Table: "imports." + l.table, Rows: l.sheet.rows, Bytes: l.sheet.bytes, Columns: columns}, nil
+	return Result{Table: "imports." + l.table, Rows: l.sheet.rows, Bytes: l.sheet.bytes, Columns: columns}, nil
 }
 
 func importsTable(name string) string { return pgx.Identifier{"imports", name}.Sanitize() }
 
 // replace loads a table of its own, which nobody else sees or waits for, and
 // gives it the name at the end.
-func (l *csvLoad) replace(ctx context.Context, tx pgx.Tx, columns []CSVColumn) error {
+func (l *loader) replace(ctx context.Context, tx pgx.Tx, columns []Column) error {
 	fresh := "csv_import_" + strings.ToLower(rand.Text())
 	if err := createTable(ctx, tx, fresh, columns); err != nil {
 		return err
@@ -75,7 +77,7 @@ func (l *csvLoad) replace(ctx context.Context, tx pgx.Tx, columns []CSVColumn) e
 }
 
 // append adds to the table, and returns the types it has.
-func (l *csvLoad) append(ctx context.Context, tx pgx.Tx, columns []CSVColumn) ([]CSVColumn, error) {
+func (l *loader) append(ctx context.Context, tx pgx.Tx, columns []Column) ([]Column, error) {
 	exists, err := l.exists(ctx, tx)
 	if err != nil {
 		return nil, err
@@ -101,7 +103,7 @@ func (l *csvLoad) append(ctx context.Context, tx pgx.Tx, columns []CSVColumn) ([
 	return columns, l.copy(ctx, tx, l.table, columns)
 }
 
-func createTable(ctx context.Context, tx pgx.Tx, name string, columns []CSVColumn) error {
+func createTable(ctx context.Context, tx pgx.Tx, name string, columns []Column) error {
 	var sql strings.Builder
 	sql.WriteString("CREATE TABLE " + importsTable(name) + " (")
 	for i, c := range columns {
@@ -116,7 +118,7 @@ func createTable(ctx context.Context, tx pgx.Tx, name string, columns []CSVColum
 
 // exists reports whether the table's name is taken. It asks the catalog itself:
 // to_regclass may still answer from what the session knew before it waited.
-func (l *csvLoad) exists(ctx context.Context, tx pgx.Tx) (exists bool, err error) {
+func (l *loader) exists(ctx context.Context, tx pgx.Tx) (exists bool, err error) {
 	err = tx.QueryRow(ctx, `SELECT EXISTS (SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 		WHERE n.nspname = 'imports' AND c.relname = $1)`, l.table).Scan(&exists)
 	return exists, err
@@ -124,7 +126,7 @@ func (l *csvLoad) exists(ctx context.Context, tx pgx.Tx) (exists bool, err error
 
 // lockName keeps other imports from taking or freeing the table's name before
 // the transaction ends, and reports whether there is a table.
-func (l *csvLoad) lockName(ctx context.Context, tx pgx.Tx) (exists bool, err error) {
+func (l *loader) lockName(ctx context.Context, tx pgx.Tx) (exists bool, err error) {
 	if _, err := tx.Exec(ctx, "SELECT pg_advisory_xact_lock(hashtextextended('carpool csv:import ' || $1, 0))", l.table); err != nil {
 		return false, err
 	}
@@ -136,7 +138,7 @@ const lockNotAvailable = "55P03"
 // lockOut locks the table against everybody, when nobody uses it. It waits a
 // second at a time, with pauses: whoever comes while it waits has to wait too,
 // even to read, and it may be waiting for a report that takes an hour.
-func (l *csvLoad) lockOut(ctx context.Context, tx pgx.Tx) error {
+func (l *loader) lockOut(ctx context.Context, tx pgx.Tx) error {
 	var timeout string
 	if err := tx.QueryRow(ctx, "SELECT current_setting('lock_timeout')").Scan(&timeout); err != nil {
 		return err
@@ -163,22 +165,22 @@ func (l *csvLoad) lockOut(ctx context.Context, tx pgx.Tx) error {
 	}
 }
 
-// csvFitting says which types of a table the inferred ones vouch for. Values for
+// fitting says which types of a table the inferred ones vouch for. Values for
 // other types, text among them, are Postgres' own to judge.
-var csvFitting = map[uint32]csvTypes{
-	pgtype.Int2OID:        csvBigint,
-	pgtype.Int4OID:        csvBigint,
-	pgtype.Int8OID:        csvBigint,
-	pgtype.Float4OID:      csvDouble,
-	pgtype.Float8OID:      csvDouble,
-	pgtype.BoolOID:        csvBoolean,
-	pgtype.DateOID:        csvDate,
-	pgtype.TimestamptzOID: csvTimestamptz,
+var fitting = map[uint32]typeSet{
+	pgtype.Int2OID:        bigint,
+	pgtype.Int4OID:        bigint,
+	pgtype.Int8OID:        bigint,
+	pgtype.Float4OID:      double,
+	pgtype.Float8OID:      double,
+	pgtype.BoolOID:        boolean,
+	pgtype.DateOID:        date,
+	pgtype.TimestamptzOID: timestamptz,
 }
 
 // match finds the file's columns among the table's and checks that their values
 // fit.
-func (l *csvLoad) match(ctx context.Context, tx pgx.Tx) ([]CSVColumn, error) {
+func (l *loader) match(ctx context.Context, tx pgx.Tx) ([]Column, error) {
 	rows, err := tx.Query(ctx, `
 		SELECT a.attname, coalesce(nullif(t.typbasetype, 0), t.oid), format_type(t.oid, a.atttypmod)
 		FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
@@ -202,17 +204,17 @@ func (l *csvLoad) match(ctx context.Context, tx pgx.Tx) ([]CSVColumn, error) {
 		names = append(names, a.Name)
 		byName[a.Name] = a
 	}
-	columns := make([]CSVColumn, len(l.sheet.columns))
+	columns := make([]Column, len(l.sheet.columns))
 	for i := range l.sheet.columns {
 		c := &l.sheet.columns[i]
 		a, ok := byName[c.name]
 		if !ok {
-			return nil, Permanent(fmt.Errorf("imports.%s has no column %q; it has %s", l.table, c.name, strings.Join(names, ", ")))
+			return nil, tasks.Permanent(fmt.Errorf("imports.%s has no column %q; it has %s", l.table, c.name, strings.Join(names, ", ")))
 		}
-		if want, ok := csvFitting[a.OID]; ok && c.used && c.fits&want == 0 {
-			return nil, csvFault(c.misfitLine(want), "column %q: the value is not what the %s of imports.%s can keep unchanged", c.name, a.Type, l.table)
+		if want, ok := fitting[a.OID]; ok && c.used && c.fits&want == 0 {
+			return nil, fault(c.misfitLine(want), "column %q: the value is not what the %s of imports.%s can keep unchanged", c.name, a.Type, l.table)
 		}
-		columns[i] = CSVColumn{c.name, strings.Replace(a.Type, "timestamp with time zone", "timestamptz", 1)}
+		columns[i] = Column{c.name, strings.Replace(a.Type, "timestamp with time zone", "timestamptz", 1)}
 	}
 	return columns, nil
 }
@@ -220,7 +222,7 @@ func (l *csvLoad) match(ctx context.Context, tx pgx.Tx) ([]CSVColumn, error) {
 // copy streams the file's rows into a table. They travel as text, in COPY's own
 // format: Postgres reads each value as it stands in the file, whatever the type of
 // the column, and nothing is allocated for it here.
-func (l *csvLoad) copy(ctx context.Context, tx pgx.Tx, table string, columns []CSVColumn) error {
+func (l *loader) copy(ctx context.Context, tx pgx.Tx, table string, columns []Column) error {
 	r, err := l.src.again(ctx)
 	if err != nil {
 		return err
@@ -229,7 +231,7 @@ func (l *csvLoad) copy(ctx context.Context, tx pgx.Tx, table string, columns []C
 	for i, c := range columns {
 		names[i] = c.Name
 	}
-	rows := &csvRows{csv: r, report: l.report}
+	rows := &rowReader{csv: r, report: l.report}
 	err = copyText(ctx, tx.Conn(), pgx.Identifier{"imports", table}, names, rows)
 	if failed := rows.stop(); failed != nil {
 		err = failed // what Postgres says then is only that the copy was given up
@@ -263,7 +265,7 @@ func copyText(ctx context.Context, conn *pgx.Conn, table pgx.Identifier, columns
 }
 
 // changed reports whether the file is no longer the one that the first pass read.
-func (l *csvLoad) changed() bool {
+func (l *loader) changed() bool {
 	if _, err := l.src.file.Seek(0, io.SeekStart); err != nil {
 		return false
 	}
@@ -275,11 +277,11 @@ func (l *csvLoad) changed() bool {
 	return sum.Sum64() != l.sheet.sum
 }
 
-// csvRows is the records after the header, in COPY's text format.
-type csvRows struct {
+// rowReader is the records after the header, in COPY's text format.
+type rowReader struct {
 	mu      sync.Mutex // CopyFrom may return while its goroutine still reads
 	stopped bool
-	csv     *csvReader
+	csv     *reader
 	report  func(phase string, rows, bytes int64)
 	begun   bool
 	buf     []byte // encoded, from at on not yet read
@@ -289,7 +291,7 @@ type csvRows struct {
 }
 
 // Read implements [io.Reader].
-func (r *csvRows) Read(p []byte) (int, error) {
+func (r *rowReader) Read(p []byte) (int, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.stopped {
@@ -311,7 +313,7 @@ func (r *csvRows) Read(p []byte) (int, error) {
 
 // stop ends reading and returns the error that ended it, nil if that was the end
 // of the file or nothing yet.
-func (r *csvRows) stop() error {
+func (r *rowReader) stop() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.stopped = true
@@ -321,7 +323,7 @@ func (r *csvRows) stop() error {
 	return r.err
 }
 
-func (r *csvRows) encodeNext() {
+func (r *rowReader) encodeNext() {
 	if !r.begun {
 		r.begun = true
 		if _, r.err = r.csv.next(); r.err != nil {
@@ -345,7 +347,7 @@ func (r *csvRows) encodeNext() {
 	}
 	r.buf = append(r.buf, '\n')
 	r.n++
-	if r.n%csvReportRows == 0 {
+	if r.n%reportRows == 0 {
 		r.report("loading", r.n, r.csv.in.bytes)
 	}
 }
@@ -383,13 +385,13 @@ type databaseError struct {
 func (e *databaseError) Error() string { return e.text }
 func (e *databaseError) Unwrap() error { return e.err }
 
-// csvCopyContext finds row and column in the context of an error of COPY:
+// copyContext finds row and column in the context of an error of COPY:
 // `COPY weather, line 3, column temp: "…"`, in the server's language.
-var csvCopyContext = regexp.MustCompile(`^COPY [^,]+, [^,\d]*(\d+)(?:, [^,:]*?([\pL\pM\pN_]+) ?:)?`)
+var copyContext = regexp.MustCompile(`^COPY [^,]+, [^,\d]*(\d+)(?:, [^,:]*?([\pL\pM\pN_]+) ?:)?`)
 
 // wordError says what Postgres did not like in words that show no values, names
 // the line if it can, and makes what will not go away permanent.
-func (l *csvLoad) wordError(ctx context.Context, err error) error {
+func (l *loader) wordError(ctx context.Context, err error) error {
 	e, ok := errors.AsType[*pgconn.PgError](err)
 	if !ok {
 		return err
@@ -397,7 +399,7 @@ func (l *csvLoad) wordError(ctx context.Context, err error) error {
 	var text string
 	switch class := e.Code[:2]; {
 	case e.Code == "2BP01": // dependent objects
-		return Permanent(&databaseError{fmt.Sprintf("imports.%s can't be replaced, because other objects depend on it (%s); drop them first, or append",
+		return tasks.Permanent(&databaseError{fmt.Sprintf("imports.%s can't be replaced, because other objects depend on it (%s); drop them first, or append",
 			l.table, strings.ReplaceAll(e.Detail, "\n", "; ")), err})
 	case e.Code == "22003":
 		text = "the value is out of the range of the column's type"
@@ -413,7 +415,7 @@ func (l *csvLoad) wordError(ctx context.Context, err error) error {
 		return &databaseError{fmt.Sprintf("imports.%s: %s (SQLSTATE %s)", l.table, e.Message, e.Code), err}
 	}
 	text = fmt.Sprintf("imports.%s: %s (SQLSTATE %s)", l.table, text, e.Code)
-	if m := csvCopyContext.FindStringSubmatch(e.Where); m != nil {
+	if m := copyContext.FindStringSubmatch(e.Where); m != nil {
 		if m[2] != "" {
 			text = fmt.Sprintf("column %q: %s", m[2], text)
 		}
@@ -426,11 +428,11 @@ func (l *csvLoad) wordError(ctx context.Context, err error) error {
 	if e.Code == "42P01" { // the table was dropped meanwhile
 		return &databaseError{text, err}
 	}
-	return Permanent(&databaseError{text, err})
+	return tasks.Permanent(&databaseError{text, err})
 }
 
 // lineOf is the line on which the nth row begins, 0 if it can't be found.
-func (l *csvLoad) lineOf(ctx context.Context, row int64) int {
+func (l *loader) lineOf(ctx context.Context, row int64) int {
 	r, err := l.src.again(ctx)
 	if err != nil {
 		return 0

@@ -1,4 +1,4 @@
-package tasks
+package csvimport
 
 import (
 	"bytes"
@@ -10,52 +10,52 @@ import (
 	"unicode/utf8"
 )
 
-// csvTypes is a set of the types a CSV column may be given. Text is not among
+// typeSet is a set of the types a CSV column may be given. Text is not among
 // them: every value fits text, so the empty set stands for it.
 //
 // A column begins with all types and keeps those that every one of its values
 // fits. So the order of the rows doesn't matter, a misfit in the last row counts
 // as much as one in the first, and no type has to be taken back.
-type csvTypes uint8
+type typeSet uint8
 
 const (
-	csvBigint csvTypes = 1 << iota
-	csvDouble
-	csvBoolean
-	csvDate
-	csvTimestamptz
+	bigint typeSet = 1 << iota
+	double
+	boolean
+	date
+	timestamptz
 
-	csvAnyType = csvBigint | csvDouble | csvBoolean | csvDate | csvTimestamptz
+	anyType = bigint | double | boolean | date | timestamptz
 )
 
-// csvTypeNames are in the order of preference: the first that every value fits
+// typeNames are in the order of preference: the first that every value fits
 // is the column's.
-var csvTypeNames = [...]struct {
-	typ  csvTypes
+var typeNames = [...]struct {
+	typ  typeSet
 	name string
 }{
-	{csvBigint, "bigint"},
-	{csvDouble, "double precision"},
-	{csvBoolean, "boolean"},
-	{csvDate, "date"},
-	{csvTimestamptz, "timestamptz"},
+	{bigint, "bigint"},
+	{double, "double precision"},
+	{boolean, "boolean"},
+	{date, "date"},
+	{timestamptz, "timestamptz"},
 }
 
-// csvColumn is what the first pass over a file learns of one column.
-type csvColumn struct {
+// inferredColumn is what the first pass over a file learns of one column.
+type inferredColumn struct {
 	name string
 	// fits are the types that every value so far fits. Empty fields fit all.
-	fits csvTypes
+	fits typeSet
 	// used is false while every field was empty.
 	used bool
 	// misfits has, for each type not in fits, the line of the first value that
 	// doesn't fit it.
-	misfits [len(csvTypeNames)]int
+	misfits [len(typeNames)]int
 }
 
 // misfit takes types from the column, for a value in that line.
-func (c *csvColumn) misfit(types csvTypes, line int) {
-	for i, t := range csvTypeNames {
+func (c *inferredColumn) misfit(types typeSet, line int) {
+	for i, t := range typeNames {
 		if types&t.typ != 0 {
 			c.misfits[i] = line
 		}
@@ -64,8 +64,8 @@ func (c *csvColumn) misfit(types csvTypes, line int) {
 }
 
 // misfitLine is the line of the first value that doesn't fit typ.
-func (c *csvColumn) misfitLine(typ csvTypes) int {
-	for i, t := range csvTypeNames {
+func (c *inferredColumn) misfitLine(typ typeSet) int {
+	for i, t := range typeNames {
 		if t.typ == typ {
 			return c.misfits[i]
 		}
@@ -75,9 +75,9 @@ func (c *csvColumn) misfitLine(typ csvTypes) int {
 
 // typeName is the SQL name of the column's type. A column of nothing but empty
 // fields is text, which takes whatever is appended later.
-func (c *csvColumn) typeName() string {
+func (c *inferredColumn) typeName() string {
 	if c.used {
-		for _, t := range csvTypeNames {
+		for _, t := range typeNames {
 			if c.fits&t.typ != 0 {
 				return t.name
 			}
@@ -86,7 +86,7 @@ func (c *csvColumn) typeName() string {
 	return "text"
 }
 
-// csvTypesOf returns the types that a value, not empty, fits. A value fits a
+// typesOf returns the types that a value, not empty, fits. A value fits a
 // type if Postgres takes it for a value of that type and nothing of what it says
 // is lost: the number, the day, the instant. What is lost is its spelling: 1e2
 // becomes 100, 0.50 becomes 0.5, TRUE becomes true, and an instant's offset
@@ -103,22 +103,22 @@ func (c *csvColumn) typeName() string {
 //
 // Everything else is text: padded, signed by a plus, hexadecimal, with
 // thousands separators.
-func csvTypesOf(s string) csvTypes {
+func typesOf(s string) typeSet {
 	switch c := s[0]; {
 	case c >= '0' && c <= '9':
 		if len(s) >= len("yyyy-mm-dd") && s[4] == '-' {
-			return csvTimeType(s)
+			return timeType(s)
 		}
-		return csvNumberTypes(s)
+		return numberTypes(s)
 	case c == '-' || c == '.':
-		return csvNumberTypes(s)
+		return numberTypes(s)
 	case c == 't' || c == 'T':
 		if len(s) == len("true") && strings.EqualFold(s, "true") {
-			return csvBoolean
+			return boolean
 		}
 	case c == 'f' || c == 'F':
 		if len(s) == len("false") && strings.EqualFold(s, "false") {
-			return csvBoolean
+			return boolean
 		}
 	}
 	return 0
@@ -127,15 +127,15 @@ func csvTypesOf(s string) csvTypes {
 // Decimal numbers of up to 15 significant digits always survive the way to a
 // double and back (DBL_DIG), and up to 17 are needed to tell doubles apart.
 const (
-	csvSafeDigits = 15
-	csvMostDigits = 17
-	csvSafeExp    = 290 // well within 308, where doubles end, and the 307 where they lose digits
-	csvExactInt   = 1 << 53
+	safeDigits = 15
+	mostDigits = 17
+	safeExp    = 290 // well within 308, where doubles end, and the 307 where they lose digits
+	exactInt   = 1 << 53
 )
 
-// csvNumberTypes parses -?(0|[1-9][0-9]*)?(\.[0-9]+)?([eE][+-]?[0-9]+)? with a
+// numberTypes parses -?(0|[1-9][0-9]*)?(\.[0-9]+)?([eE][+-]?[0-9]+)? with a
 // digit before the exponent.
-func csvNumberTypes(s string) csvTypes {
+func numberTypes(s string) typeSet {
 	i := 0
 	if s[0] == '-' {
 		i++
@@ -148,7 +148,7 @@ func csvNumberTypes(s string) csvTypes {
 		return 0 // a leading zero
 	}
 	if i == len(s) {
-		return csvIntegerTypes(s, i-whole)
+		return integerTypes(s, i-whole)
 	}
 	wholeEnd, fraction := i, i
 	if s[i] == '.' {
@@ -189,7 +189,7 @@ func csvNumberTypes(s string) csvTypes {
 	}
 
 	// The significant digits and the exponent of the first: 0.00120e5 is 12, 2.
-	var buf [csvMostDigits]byte
+	var buf [mostDigits]byte
 	n, zeros := 0, 0 // digits so far, and zeros that count only if another digit follows
 	for j := whole; j < mantissaEnd; j++ {
 		switch {
@@ -203,7 +203,7 @@ func csvNumberTypes(s string) csvTypes {
 					exp++
 				}
 			}
-			if n+zeros >= csvMostDigits {
+			if n+zeros >= mostDigits {
 				return 0
 			}
 			for ; zeros > 0; zeros-- {
@@ -214,38 +214,38 @@ func csvNumberTypes(s string) csvTypes {
 			n++
 		}
 	}
-	if n == 0 || n <= csvSafeDigits && -csvSafeExp <= exp && exp <= csvSafeExp || csvDoubleTells(s, buf[:n], exp) {
-		return csvDouble
+	if n == 0 || n <= safeDigits && -safeExp <= exp && exp <= safeExp || doubleTells(s, buf[:n], exp) {
+		return double
 	}
 	return 0
 }
 
-// csvIntegerTypes is for a number without point and exponent.
-func csvIntegerTypes(s string, digits int) csvTypes {
+// integerTypes is for a number without point and exponent.
+func integerTypes(s string, digits int) typeSet {
 	if digits == 0 || s == "-0" { // bigint has no -0, but double precision does
 		if digits == 0 {
 			return 0
 		}
-		return csvDouble
+		return double
 	}
-	if digits <= csvSafeDigits {
-		return csvBigint | csvDouble
+	if digits <= safeDigits {
+		return bigint | double
 	}
 	n, err := strconv.ParseInt(s, 10, 64)
 	switch {
 	case err != nil:
 		return 0
-	case -csvExactInt <= n && n <= csvExactInt:
-		return csvBigint | csvDouble
+	case -exactInt <= n && n <= exactInt:
+		return bigint | double
 	default:
-		return csvBigint
+		return bigint
 	}
 }
 
-// csvDoubleTells reports whether the double nearest to s gives the digits of s
+// doubleTells reports whether the double nearest to s gives the digits of s
 // again, written as short as can be or with as many digits as s has. digits has
 // neither leading nor trailing zeros; exp is the power of ten of the first.
-func csvDoubleTells(s string, digits []byte, exp int) bool {
+func doubleTells(s string, digits []byte, exp int) bool {
 	f, err := strconv.ParseFloat(s, 64)
 	if err != nil || f == 0 || math.IsInf(f, 0) {
 		return false // beyond the range, or so small that it became 0
@@ -266,24 +266,24 @@ func csvDoubleTells(s string, digits []byte, exp int) bool {
 	return false
 }
 
-// csvTimeType is for what begins like yyyy-.
-func csvTimeType(s string) csvTypes {
-	year, ok1 := csvDigits(s[0:4])
-	month, ok2 := csvDigits(s[5:7])
-	day, ok3 := csvDigits(s[8:10])
+// timeType is for what begins like yyyy-.
+func timeType(s string) typeSet {
+	year, ok1 := parseDigits(s[0:4])
+	month, ok2 := parseDigits(s[5:7])
+	day, ok3 := parseDigits(s[8:10])
 	if !ok1 || !ok2 || !ok3 || s[7] != '-' ||
 		year < 1 || month < 1 || month > 12 || day < 1 || day > daysIn(year, time.Month(month)) {
 		return 0
 	}
 	if len(s) == len("yyyy-mm-dd") {
-		return csvDate
+		return date
 	}
 	if len(s) < len("yyyy-mm-ddThh:mm:ssZ") || (s[10] != 'T' && s[10] != ' ') || s[13] != ':' || s[16] != ':' {
 		return 0
 	}
-	hour, ok1 := csvDigits(s[11:13])
-	minute, ok2 := csvDigits(s[14:16])
-	second, ok3 := csvDigits(s[17:19])
+	hour, ok1 := parseDigits(s[11:13])
+	minute, ok2 := parseDigits(s[14:16])
+	second, ok3 := parseDigits(s[17:19])
 	if !ok1 || !ok2 || !ok3 || hour > 23 || minute > 59 || second > 59 {
 		return 0
 	}
@@ -301,32 +301,32 @@ func csvTimeType(s string) csvTypes {
 		}
 		zone = zone[i:]
 	}
-	if csvZone(zone) {
-		return csvTimestamptz
+	if isZone(zone) {
+		return timestamptz
 	}
 	return 0
 }
 
-// csvZone accepts Z, ±hh:mm, ±hhmm and ±hh, up to the 15:59 that Postgres takes.
-func csvZone(s string) bool {
+// isZone accepts Z, ±hh:mm, ±hhmm and ±hh, up to the 15:59 that Postgres takes.
+func isZone(s string) bool {
 	if s == "Z" {
 		return true
 	}
 	if len(s) < 3 || (s[0] != '+' && s[0] != '-') {
 		return false
 	}
-	hour, ok := csvDigits(s[1:3])
+	hour, ok := parseDigits(s[1:3])
 	if !ok || hour > 15 {
 		return false
 	}
 	if len(s) == 3 {
 		return true
 	}
-	minute, ok := csvDigits(strings.TrimPrefix(s[3:], ":"))
+	minute, ok := parseDigits(strings.TrimPrefix(s[3:], ":"))
 	return ok && minute <= 59 && len(strings.TrimPrefix(s[3:], ":")) == 2
 }
 
-func csvDigits(s string) (n int, ok bool) {
+func parseDigits(s string) (n int, ok bool) {
 	for i := range len(s) {
 		if !isDigit(s[i]) {
 			return 0, false
@@ -345,10 +345,10 @@ func daysIn(year int, month time.Month) int {
 // maxIdentifier is how many bytes of a name Postgres keeps (NAMEDATALEN - 1).
 const maxIdentifier = 63
 
-// csvSystemColumns are names that every table has already.
-var csvSystemColumns = []string{"tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"}
+// systemColumns are names that every table has already.
+var systemColumns = []string{"tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"}
 
-// csvColumnNames makes the names of a header's fields valid and unique, so that
+// columnNames makes the names of a header's fields valid and unique, so that
 // SQL needs no quotes for them, unless they are words of SQL's own ("user").
 //
 // Letters are made small; letters, digits and underscores stay; a run of
@@ -357,15 +357,15 @@ var csvSystemColumns = []string{"tableoid", "xmin", "cmin", "xmax", "cmax", "cti
 // of which nothing stays is column_N, and one longer than 63 bytes is cut. The
 // first to bear a name keeps it, the next are name_2, name_3; names that Postgres
 // has for itself, such as xmin, count as borne already.
-func csvColumnNames(header []string) []string {
+func columnNames(header []string) []string {
 	names := make([]string, len(header))
-	taken := make(map[string]bool, len(header)+len(csvSystemColumns))
-	for _, name := range csvSystemColumns {
+	taken := make(map[string]bool, len(header)+len(systemColumns))
+	for _, name := range systemColumns {
 		taken[name] = true
 	}
 	var again []int
 	for i, field := range header {
-		names[i] = csvColumnName(field, i+1)
+		names[i] = columnName(field, i+1)
 		if taken[names[i]] {
 			again = append(again, i)
 		}
@@ -386,7 +386,7 @@ func csvColumnNames(header []string) []string {
 	return names
 }
 
-func csvColumnName(field string, n int) string {
+func columnName(field string, n int) string {
 	var b strings.Builder
 	gap := false
 	for _, r := range field {

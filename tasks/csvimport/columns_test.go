@@ -1,4 +1,4 @@
-package tasks
+package csvimport
 
 import (
 	"math"
@@ -15,46 +15,46 @@ import (
 	"pgregory.net/rapid"
 )
 
-func TestCSVTypes_AreThoseAValueFitsWithoutLosingAnything(t *testing.T) {
+func TestTypes_AreThoseAValueFitsWithoutLosingAnything(t *testing.T) {
 	t.Parallel()
 	const (
-		text      = csvTypes(0)
-		number    = csvBigint | csvDouble
+		text      = typeSet(0)
+		number    = bigint | double
 		maxInt    = "9223372036854775807"
 		beyondInt = "9223372036854775808"
 	)
-	for value, want := range map[string]csvTypes{
+	for value, want := range map[string]typeSet{
 		"0": number, "7": number, "-7": number, "1234567890": number,
-		maxInt: csvBigint, "-9223372036854775808": csvBigint,
+		maxInt: bigint, "-9223372036854775808": bigint,
 		beyondInt: text, "-9223372036854775809": text, "123456789012345678901": text,
 		// 2^53 is the last integer up to which doubles have them all.
-		"9007199254740992": number, "9007199254740993": csvBigint, "-9007199254740993": csvBigint,
-		"00501": text, "-01": text, "00": text, "007.5": text, "-0": csvDouble,
+		"9007199254740992": number, "9007199254740993": bigint, "-9007199254740993": bigint,
+		"00501": text, "-01": text, "00": text, "007.5": text, "-0": double,
 		"+1": text, "1_000": text, "1,000": text, "0x1F": text, "0b1": text, "1 ": text, " 1": text, "--1": text, "-": text,
 
-		"0.0": csvDouble, "12.80": csvDouble, "-89.23450472": csvDouble, ".5": csvDouble, "-.5": csvDouble, "-0.0": csvDouble,
+		"0.0": double, "12.80": double, "-89.23450472": double, ".5": double, "-.5": double, "-0.0": double,
 		"5.": text, ".": text, "-.": text, "1.2.3": text, "1.5f": text,
-		"1e5": csvDouble, "1E5": csvDouble, "1e-05": csvDouble, "1.5e+3": csvDouble, "0e0": csvDouble, ".5e1": csvDouble,
+		"1e5": double, "1E5": double, "1e-05": double, "1.5e+3": double, "0e0": double, ".5e1": double,
 		"1e": text, "1e+": text, "e5": text, "1e+-5": text, "1e-+5": text, "1e++5": text, "1e5.0": text, "1e99999": text,
-		"1e308": csvDouble, "1.8e308": text, "1e400": text, "1e-400": text,
-		"2.2250738585072014e-308": csvDouble, "5e-324": csvDouble, "3e-324": text, "1.2345e-320": text,
+		"1e308": double, "1.8e308": text, "1e400": text, "1e-400": text,
+		"2.2250738585072014e-308": double, "5e-324": double, "3e-324": text, "1.2345e-320": text,
 		// The double nearest to it says 0.30000000000000004 again.
-		"0.30000000000000004": csvDouble, "0.1000000000000000055": text, "0.12345678901234567": text, /* reads …68 */
-		"1.0000000000000001":    text,      // reads 1
-		"5.960464477539063e-08": csvDouble, // 2^-24 as it is written, though 062 is as near
-		"1.0000000000000002":    csvDouble, "0.99999999999999999": text, "9999999999999999.5": text,
-		"100.00000000000000000000": csvDouble, "123456789.123456789": text, "123456789012345678.5": text,
+		"0.30000000000000004": double, "0.1000000000000000055": text, "0.12345678901234567": text, /* reads …68 */
+		"1.0000000000000001":    text,   // reads 1
+		"5.960464477539063e-08": double, // 2^-24 as it is written, though 062 is as near
+		"1.0000000000000002":    double, "0.99999999999999999": text, "9999999999999999.5": text,
+		"100.00000000000000000000": double, "123456789.123456789": text, "123456789012345678.5": text,
 		"NaN": text, "nan": text, "Infinity": text, "-inf": text, "inf": text,
 
-		"true": csvBoolean, "FALSE": csvBoolean, "True": csvBoolean,
+		"true": boolean, "FALSE": boolean, "True": boolean,
 		"t": text, "f": text, "yes": text, "on": text, "truе": text /* a Cyrillic e */, "truth": text,
 
-		"2012-01-01": csvDate, "2024-02-29": csvDate, "0001-01-01": csvDate, "9999-12-31": csvDate, "2000-02-29": csvDate,
+		"2012-01-01": date, "2024-02-29": date, "0001-01-01": date, "9999-12-31": date, "2000-02-29": date,
 		"2023-02-29": text, "1900-02-29": text, "2012-13-01": text, "2012-00-10": text, "2012-04-31": text, "0000-01-01": text,
 		"2012-1-1": text, "12012-01-01": text, "01/02/2003": text, "2012-01-01 ": text, "20120101": number, "2012-01": text, "2012-W01-1": text,
 
-		"2012-01-01T10:00:00Z": csvTimestamptz, "2012-01-01 10:00:00+01": csvTimestamptz, "2012-01-01T10:00:00+05:30": csvTimestamptz,
-		"2012-01-01T10:00:00-0800": csvTimestamptz, "2012-01-01T10:00:00.123456Z": csvTimestamptz, "2012-01-01T10:00:00.1234560Z": csvTimestamptz,
+		"2012-01-01T10:00:00Z": timestamptz, "2012-01-01 10:00:00+01": timestamptz, "2012-01-01T10:00:00+05:30": timestamptz,
+		"2012-01-01T10:00:00-0800": timestamptz, "2012-01-01T10:00:00.123456Z": timestamptz, "2012-01-01T10:00:00.1234560Z": timestamptz,
 		"2012-01-01T10:00:00.1234567Z": text, "2012-01-01T10:00:00.Z": text, "2012-01-01T10:00:00": text, "2012-01-01 10:00:00.5": text,
 		"2012-01-01T24:00:00Z": text, "2016-12-31T23:59:60Z": text, "2012-01-01T10:60:00Z": text, "2012-02-30T10:00:00Z": text,
 		"2012-01-01T10:00:00+16:00": text, "2012-01-01T10:00:00+05:60": text, "2012-01-01T10:00:00+5": text, "2012-01-01T10:00:00+05:": text,
@@ -63,15 +63,15 @@ func TestCSVTypes_AreThoseAValueFitsWithoutLosingAnything(t *testing.T) {
 
 		"drizzle": text, "é": text, "\\N": text, "-infinity": text, "now": text, "today": text,
 	} {
-		if got := csvTypesOf(value); got != want {
+		if got := typesOf(value); got != want {
 			t.Errorf("%q fits %s, want %s", value, typeList(got), typeList(want))
 		}
 	}
 }
 
-func typeList(types csvTypes) string {
+func typeList(types typeSet) string {
 	var names []string
-	for _, t := range csvTypeNames {
+	for _, t := range typeNames {
 		if types&t.typ != 0 {
 			names = append(names, t.name)
 		}
@@ -79,7 +79,7 @@ func typeList(types csvTypes) string {
 	return "{" + strings.Join(append(names, "text"), ", ") + "}"
 }
 
-func TestCSVColumn_TypeIsWhatEveryValueFitsInAnyOrder(t *testing.T) {
+func TestInferredColumn_TypeIsWhatEveryValueFitsInAnyOrder(t *testing.T) {
 	t.Parallel()
 	for _, tc := range []struct {
 		want   string
@@ -101,11 +101,11 @@ func TestCSVColumn_TypeIsWhatEveryValueFitsInAnyOrder(t *testing.T) {
 		{"double precision", []string{"-0", "1"}},
 	} {
 		for _, values := range permutations(tc.values) {
-			c := csvColumn{fits: csvAnyType}
+			c := inferredColumn{fits: anyType}
 			for i, v := range values {
 				if v != "" {
 					c.used = true
-					c.misfit(c.fits&^csvTypesOf(v), i+2)
+					c.misfit(c.fits&^typesOf(v), i+2)
 				}
 			}
 			if got := c.typeName(); got != tc.want {
@@ -128,21 +128,21 @@ func permutations(s []string) [][]string {
 	return all
 }
 
-func TestCSVColumn_RemembersTheFirstLineThatDoesNotFit(t *testing.T) {
+func TestInferredColumn_RemembersTheFirstLineThatDoesNotFit(t *testing.T) {
 	t.Parallel()
-	c := csvColumn{fits: csvAnyType}
+	c := inferredColumn{fits: anyType}
 	for line, v := range []string{2: "1", 3: "1.5", 4: "x", 5: "y"} {
 		if v != "" {
-			c.misfit(c.fits&^csvTypesOf(v), line)
+			c.misfit(c.fits&^typesOf(v), line)
 		}
 	}
-	if got := [...]int{c.misfitLine(csvBigint), c.misfitLine(csvDouble), c.misfitLine(csvDate)}; got != [...]int{3, 4, 2} {
+	if got := [...]int{c.misfitLine(bigint), c.misfitLine(double), c.misfitLine(date)}; got != [...]int{3, 4, 2} {
 		t.Errorf("bigint, double and date end in lines %v, want 3, 4, 2", got)
 	}
 }
 
 // What Go's own parsers say of a value must agree with the types it was given.
-func FuzzCSVTypes(f *testing.F) {
+func FuzzTypes(f *testing.F) {
 	for _, s := range []string{
 		"0", "-12", "00501", "9007199254740993", "1.5", ".5", "1e-05", "0.30000000000000004", "1.0000000000000001", "5e-324",
 		"true", "2024-02-29", "2012-01-01T10:00:00.1234560+05:30", "2012-01-01 10:00:00-08", "-0", "1e308", "17976931348623157e292",
@@ -153,7 +153,7 @@ func FuzzCSVTypes(f *testing.F) {
 		if s == "" {
 			return
 		}
-		types := csvTypesOf(s)
+		types := typesOf(s)
 		if types != 0 {
 			for _, c := range []byte(s) {
 				if c >= utf8.RuneSelf || c == 0 {
@@ -162,23 +162,23 @@ func FuzzCSVTypes(f *testing.F) {
 			}
 		}
 		n, err := strconv.ParseInt(s, 10, 64)
-		if isInt := err == nil && strconv.FormatInt(n, 10) == s; isInt != (types&csvBigint != 0) {
+		if isInt := err == nil && strconv.FormatInt(n, 10) == s; isInt != (types&bigint != 0) {
 			t.Errorf("%q fits %s; is it an integer? %t", s, typeList(types), isInt)
 		}
-		if types&csvDouble != 0 {
+		if types&double != 0 {
 			checkDouble(t, s)
 		}
 		_, err = time.Parse("2006-01-02", s)
-		if isDate := err == nil && s >= "0001"; isDate != (types&csvDate != 0) {
+		if isDate := err == nil && s >= "0001"; isDate != (types&date != 0) {
 			t.Errorf("%q fits %s; is it a date? %t", s, typeList(types), isDate)
 		}
-		if types&csvTimestamptz != 0 {
+		if types&timestamptz != 0 {
 			at, err := parseInstant(s)
 			if err != nil || !at.Equal(at.Truncate(time.Microsecond)) {
 				t.Errorf("%q is no instant: %v, %v", s, at, err)
 			}
 		}
-		if types&csvBoolean != 0 && strings.ToLower(s) != "true" && strings.ToLower(s) != "false" {
+		if types&boolean != 0 && strings.ToLower(s) != "true" && strings.ToLower(s) != "false" {
 			t.Errorf("%q fits boolean", s)
 		}
 	})
@@ -226,30 +226,30 @@ func parseInstant(s string) (time.Time, error) {
 	return time.Time{}, err
 }
 
-func TestCSVTypes_NumbersThatProgramsWriteAreNumbers(t *testing.T) {
+func TestTypes_NumbersThatProgramsWriteAreNumbers(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(t *rapid.T) {
 		n := rapid.Int64().Draw(t, "n")
-		if s := strconv.FormatInt(n, 10); csvTypesOf(s)&csvBigint == 0 {
+		if s := strconv.FormatInt(n, 10); typesOf(s)&bigint == 0 {
 			t.Errorf("%s is not bigint", s)
 		}
 		f := rapid.Float64().Draw(t, "f")
 		for _, s := range []string{strconv.FormatFloat(f, 'e', -1, 64), strconv.FormatFloat(f, 'e', 16, 64)} {
-			if csvTypesOf(s)&csvDouble == 0 {
+			if typesOf(s)&double == 0 {
 				t.Errorf("%s is not double precision", s)
 			}
 		}
 		at := time.Unix(rapid.Int64Range(0, 4e9).Draw(t, "at"), 0).UTC()
-		if s := at.Format(time.DateOnly); csvTypesOf(s) != csvDate {
+		if s := at.Format(time.DateOnly); typesOf(s) != date {
 			t.Errorf("%s is not a date", s)
 		}
-		if s := at.Format(time.RFC3339); csvTypesOf(s) != csvTimestamptz {
+		if s := at.Format(time.RFC3339); typesOf(s) != timestamptz {
 			t.Errorf("%s is not an instant", s)
 		}
 	})
 }
 
-func TestCSVColumnNames_AreValidAndUnique(t *testing.T) {
+func TestColumnNames_AreValidAndUnique(t *testing.T) {
 	t.Parallel()
 	long := strings.Repeat("x", 70)
 	euros := strings.Repeat("é", 40) // 80 bytes
@@ -269,7 +269,7 @@ func TestCSVColumnNames_AreValidAndUnique(t *testing.T) {
 		{[]string{long, long}, []string{long[:63], long[:61] + "_2"}},
 		{[]string{euros, euros}, []string{euros[:62], euros[:60] + "_2"}},
 	} {
-		if diff := cmp.Diff(tc.want, csvColumnNames(tc.header)); diff != "" {
+		if diff := cmp.Diff(tc.want, columnNames(tc.header)); diff != "" {
 			t.Errorf("names of %q (-want +got):\n%s", tc.header, diff)
 		}
 	}
@@ -277,17 +277,17 @@ func TestCSVColumnNames_AreValidAndUnique(t *testing.T) {
 
 var plainName = regexp.MustCompile(`^[_\pL\pM\pN][_\pL\pM\pN]*$`)
 
-func FuzzCSVColumnNames(f *testing.F) {
+func FuzzColumnNames(f *testing.F) {
 	f.Add("a,a,a_2,A,,xmin,2020, Temp. (°C) ,größe")
 	f.Add(strings.Repeat("é", 40) + "," + strings.Repeat("é", 40))
 	f.Fuzz(func(t *testing.T, s string) {
 		header := strings.Split(strings.ToValidUTF8(s, ""), ",")
 		seen := map[string]bool{}
-		for i, name := range csvColumnNames(header) {
+		for i, name := range columnNames(header) {
 			if !plainName.MatchString(name) || !utf8.ValidString(name) || len(name) > maxIdentifier || isDigit(name[0]) {
 				t.Errorf("%q became %q, which isn't a name", header[i], name)
 			}
-			if seen[name] || slices.Contains(csvSystemColumns, name) {
+			if seen[name] || slices.Contains(systemColumns, name) {
 				t.Errorf("%q became %q, which is taken", header[i], name)
 			}
 			seen[name] = true

@@ -1,4 +1,10 @@
-package tasks
+// Package webhook is the kind of job webhook:deliver, which delivers an event to a
+// URL, signed by the convention of Standard Webhooks.
+//
+// A program that enqueues such jobs uses [Deliver]. Workers have the kind with the
+// group of package builtin; a worker that wants it alone registers
+// [Deliverer.Handle] with [tasks.Register].
+package webhook
 
 import (
 	"bytes"
@@ -19,39 +25,40 @@ import (
 	standardwebhooks "github.com/standard-webhooks/standard-webhooks/libraries/go"
 
 	"github.com/carpool-go/carpool/outbound"
+	"github.com/carpool-go/carpool/tasks"
 )
 
-// WebhookDeliver delivers an event to a URL, signed by the convention of
+// Deliver delivers an event to a URL, signed by the convention of
 // https://www.standardwebhooks.com.
 //
 // What is sent is {"type": event, "timestamp": …, "data": body}, the same on
 // every attempt. The timestamp is that of the job's making; it is left out if
-// the job's id, which others than [Client] may choose, doesn't tell it. The
+// the job's id, which others than [tasks.Client] may choose, doesn't tell it. The
 // header webhook-id is the job's id, by which a receiver knows what it had
 // already; webhook-timestamp is the attempt's time.
-type WebhookDeliver struct {
+type Deliver struct {
 	URL   string          `json:"url" doc:"where to: https://… or http://…" example:"https://example.com/webhooks"`
 	Event string          `json:"event" doc:"what happened, such as order.paid" example:"order.paid"`
 	Body  json.RawMessage `json:"body" doc:"the event's data" example:"{\"order\": 17}"`
 }
 
 // Kind returns "webhook:deliver".
-func (WebhookDeliver) Kind() string { return "webhook:deliver" }
+func (Deliver) Kind() string { return "webhook:deliver" }
 
 // Options: with the worker's backoff, 60 retries are spread over about a day.
-func (WebhookDeliver) Options() Options {
-	return Options{MaxRetry: 60, Timeout: time.Minute, Retention: 24 * time.Hour}
+func (Deliver) Options() tasks.Options {
+	return tasks.Options{MaxRetry: 60, Timeout: time.Minute, Retention: 24 * time.Hour}
 }
 
-var webhookEvent = regexp.MustCompile(`^[A-Za-z0-9_.:/-]{1,128}$`)
+var eventName = regexp.MustCompile(`^[A-Za-z0-9_.:/-]{1,128}$`)
 
 // Validate checks the fields' form.
-func (p WebhookDeliver) Validate() error {
+func (p Deliver) Validate() error {
 	u, err := url.Parse(p.URL)
 	if err != nil || (u.Scheme != "https" && u.Scheme != "http") || u.Hostname() == "" {
 		return errors.New("url: must begin with https:// or http:// and name a host")
 	}
-	if !webhookEvent.MatchString(p.Event) {
+	if !eventName.MatchString(p.Event) {
 		return errors.New("event: must be 1 to 128 letters, digits, or _ . : / -")
 	}
 	if len(p.Body) == 0 {
@@ -63,14 +70,14 @@ func (p WebhookDeliver) Validate() error {
 	return nil
 }
 
-// ValidateWebhookSecret reports what is wrong with a secret, without showing it.
+// ValidateSecret reports what is wrong with a secret, without showing it.
 // It must be base64 of 24 to 64 bytes, with or without "whsec_" before it.
-func ValidateWebhookSecret(secret string) error {
-	_, err := webhookKey(secret)
+func ValidateSecret(secret string) error {
+	_, err := secretKey(secret)
 	return err
 }
 
-func webhookKey(secret string) ([]byte, error) {
+func secretKey(secret string) ([]byte, error) {
 	const makeOne = "make one with: echo whsec_$(openssl rand -base64 32)"
 	key, err := base64.StdEncoding.DecodeString(strings.TrimPrefix(secret, "whsec_"))
 	switch {
@@ -82,29 +89,29 @@ func webhookKey(secret string) ([]byte, error) {
 	return key, nil
 }
 
-// WebhookDelivered says how a delivery ended.
-type WebhookDelivered struct {
+// Result says how a delivery ended.
+type Result struct {
 	// Status is the code the receiver answered with, from 200 to 299.
 	Status int `json:"status"`
 	// Attempts is how many it took.
 	Attempts int `json:"attempts"`
 }
 
-// WebhookDeliverer runs [WebhookDeliver] jobs.
-type WebhookDeliverer struct {
-	// Secret signs the webhooks; "" makes every delivery fail for good.
+// Deliverer runs [Deliver] jobs. It calls URLs that the worker lets jobs call, see
+// [outbound.Client].
+type Deliverer struct {
+	// Secret signs the webhooks, see [ValidateSecret]; "" makes every delivery
+	// fail for good.
 	Secret string
-	// Outbound guards the requests; nil allows public addresses only.
-	Outbound *outbound.Guard
 	// Timeout bounds one request; 0 means 30 s.
 	Timeout time.Duration
 }
 
 const (
-	webhookTimeout = 30 * time.Second
-	// webhookDrain is how much of an answer's body is read, in bytes, so that
+	defaultTimeout = 30 * time.Second
+	// drainBytes is how much of an answer's body is read, in bytes, so that
 	// the receiver can finish it. Nothing is done with it.
-	webhookDrain = 64 << 10
+	drainBytes = 64 << 10
 )
 
 // Handle makes one attempt. It has a row in carpool.webhook_deliveries, made
@@ -114,32 +121,32 @@ const (
 // So nothing is sent that leaves no trace, whatever happens to the worker or the
 // database. If a webhook has been sent and its row can't be completed, that is
 // logged and the receiver's answer counts: to send it again would be worse.
-func (d WebhookDeliverer) Handle(ctx context.Context, job *Job, p WebhookDeliver) (WebhookDelivered, error) {
+func (d Deliverer) Handle(ctx context.Context, job *tasks.Job, p Deliver) (Result, error) {
 	if d.Secret == "" {
-		return WebhookDelivered{}, Permanent(errors.New("this worker has no secret to sign with; set WEBHOOK_SECRET"))
+		return Result{}, tasks.Permanent(errors.New("this worker has no secret to sign with; set WEBHOOK_SECRET"))
 	}
-	key, err := webhookKey(d.Secret)
+	key, err := secretKey(d.Secret)
 	if err != nil {
-		return WebhookDelivered{}, Permanent(fmt.Errorf("WEBHOOK_SECRET is wrong: %w", err))
+		return Result{}, tasks.Permanent(fmt.Errorf("WEBHOOK_SECRET is wrong: %w", err))
 	}
-	req, err := webhookRequest(p, job.ID, key, time.Now())
+	req, err := signedRequest(p, job.ID, key, time.Now())
 	if err != nil {
-		return WebhookDelivered{}, Permanent(err)
+		return Result{}, tasks.Permanent(err)
 	}
 	row, err := beginDelivery(ctx, job, p)
 	if err != nil {
-		return WebhookDelivered{}, err
+		return Result{}, err
 	}
 	began := time.Now()
 	status, err := d.send(ctx, req)
 	row.complete(ctx, status, err, time.Since(began))
 	if err != nil {
-		return WebhookDelivered{}, err
+		return Result{}, err
 	}
-	return WebhookDelivered{Status: status, Attempts: job.Attempt}, nil
+	return Result{Status: status, Attempts: job.Attempt}, nil
 }
 
-func webhookRequest(p WebhookDeliver, id string, key []byte, now time.Time) (*http.Request, error) {
+func signedRequest(p Deliver, id string, key []byte, now time.Time) (*http.Request, error) {
 	var body bytes.Buffer
 	enc := json.NewEncoder(&body)
 	enc.SetEscapeHTML(false) // the data goes out as it came in
@@ -172,7 +179,7 @@ func webhookRequest(p WebhookDeliver, id string, key []byte, now time.Time) (*ht
 	return req, nil
 }
 
-// madeAt is the time in a job's id, which [Client] makes as UUIDs of version 7;
+// madeAt is the time in a job's id, which [tasks.Client] makes as UUIDs of version 7;
 // zero for ids of others.
 func madeAt(id string) time.Time {
 	u, err := uuid.Parse(id)
@@ -185,25 +192,25 @@ func madeAt(id string) time.Time {
 // send makes the request. The status is 0 if there was no answer. The error
 // shows nothing of the URL but its host, and is permanent if another try is of
 // no use.
-func (d WebhookDeliverer) send(ctx context.Context, req *http.Request) (status int, err error) {
+func (d Deliverer) send(ctx context.Context, req *http.Request) (status int, err error) {
 	timeout := d.Timeout
 	if timeout == 0 {
-		timeout = webhookTimeout
+		timeout = defaultTimeout
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("it did not answer within %s", timeout))
 	defer cancel()
-	client := d.Outbound.Client()
+	client := outbound.Client(ctx)
 	client.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 	resp, err := client.Do(req.WithContext(ctx))
 	if err != nil {
-		return 0, webhookNoAnswer(ctx, req.URL.Host, err)
+		return 0, noAnswer(ctx, req.URL.Host, err)
 	}
 	defer func() { _ = resp.Body.Close() }()
-	_, _ = io.CopyN(io.Discard, resp.Body, webhookDrain)
-	return resp.StatusCode, webhookAnswer(req.URL.Host, resp)
+	_, _ = io.CopyN(io.Discard, resp.Body, drainBytes)
+	return resp.StatusCode, answered(req.URL.Host, resp)
 }
 
-func webhookNoAnswer(ctx context.Context, host string, err error) error {
+func noAnswer(ctx context.Context, host string, err error) error {
 	err = outbound.Reason(err)
 	if ctx.Err() != nil {
 		err = context.Cause(ctx)
@@ -211,14 +218,14 @@ func webhookNoAnswer(ctx context.Context, host string, err error) error {
 	_, blocked := errors.AsType[*outbound.BlockedError](err)
 	err = fmt.Errorf("webhook to %s: %w", host, err)
 	if blocked {
-		return Permanent(err)
+		return tasks.Permanent(err)
 	}
 	return err
 }
 
-// webhookAnswer decides what the answer means for the job. An answer that asks
+// answered decides what the answer means for the job. An answer that asks
 // for a later time is kept to; the others get the usual backoff.
-func webhookAnswer(host string, resp *http.Response) error {
+func answered(host string, resp *http.Response) error {
 	status := resp.StatusCode
 	if status >= 200 && status <= 299 {
 		return nil
@@ -228,13 +235,13 @@ func webhookAnswer(host string, resp *http.Response) error {
 	case status == http.StatusRequestTimeout, status == http.StatusTooEarly, status == http.StatusTooManyRequests,
 		status >= 500 && status <= 599:
 		if wait := retryAfter(resp.Header.Get("Retry-After"), time.Now()); wait > 0 {
-			return RetryAfter(wait, err)
+			return tasks.RetryAfter(wait, err)
 		}
 		return err
 	case status >= 300 && status <= 399:
 		err = fmt.Errorf("%w; redirects are not followed", err)
 	}
-	return Permanent(err)
+	return tasks.Permanent(err)
 }
 
 // retryAfterMost bounds what a receiver can ask for.
@@ -261,13 +268,13 @@ func retryAfter(header string, now time.Time) time.Duration {
 // delivery is an attempt's row in carpool.webhook_deliveries.
 type delivery struct {
 	id  int64
-	job *Job
+	job *tasks.Job
 }
 
 // underWay is what a row says until the attempt's end is known.
 const underWay = "under way, or its end could not be recorded"
 
-func beginDelivery(ctx context.Context, job *Job, p WebhookDeliver) (*delivery, error) {
+func beginDelivery(ctx context.Context, job *tasks.Job, p Deliver) (*delivery, error) {
 	d := &delivery{job: job}
 	err := job.DB.QueryRow(ctx, `
 		INSERT INTO carpool.webhook_deliveries (job_id, attempt, url, event, error, took_ms)
@@ -283,7 +290,7 @@ func beginDelivery(ctx context.Context, job *Job, p WebhookDeliver) (*delivery, 
 func (d *delivery) complete(ctx context.Context, status int, failed error, took time.Duration) {
 	bound := 10 * time.Second
 	if ctx.Err() != nil {
-		bound = TimeoutGrace / 2 // what is left to wind up
+		bound = tasks.TimeoutGrace / 2 // what is left to wind up
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), bound)
 	defer cancel()

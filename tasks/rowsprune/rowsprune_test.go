@@ -1,4 +1,4 @@
-package tasks_test
+package rowsprune_test
 
 import (
 	"context"
@@ -8,10 +8,12 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/jackc/pgx/v5"
 
 	"github.com/carpool-go/carpool/dbpool"
 	"github.com/carpool-go/carpool/tasks"
+	"github.com/carpool-go/carpool/tasks/rowsprune"
 	"github.com/carpool-go/carpool/tasks/taskstest"
 )
 
@@ -33,9 +35,9 @@ func (p prunes) exec(t testing.TB, sql ...string) {
 	}
 }
 
-func (p prunes) run(t testing.TB, payload tasks.RowsPrune) (tasks.RowsPruneResult, error) {
+func (p prunes) run(t testing.TB, payload rowsprune.Prune) (rowsprune.Result, error) {
 	t.Helper()
-	return taskstest.Run(t, p.Kit, tasks.HandleRowsPrune, payload)
+	return taskstest.Run(t, p.Kit, rowsprune.Handle, payload)
 }
 
 // ids are those of the rows that are left.
@@ -56,7 +58,21 @@ func (p prunes) count(t testing.TB, table string) (n int) {
 	return n
 }
 
-func TestRowsPrune_DeletesWhatIsOlderInBatches(t *testing.T) {
+func want[T any](t testing.TB, what string, got, want T) {
+	t.Helper()
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("%s (-want +got):\n%s", what, diff)
+	}
+}
+
+// start runs f in a goroutine; its result is to be received.
+func start(f func() error) <-chan error {
+	done := make(chan error, 1)
+	go func() { done <- f() }()
+	return done
+}
+
+func TestPrune_DeletesWhatIsOlderInBatches(t *testing.T) {
 	t.Parallel()
 	for _, typ := range []string{"timestamptz", "timestamp", "date"} {
 		for name, index := range map[string]string{"by index": "CREATE INDEX ON events (at, id)", "by heap": "CREATE INDEX ON events (id, at)"} {
@@ -69,7 +85,7 @@ func TestRowsPrune_DeletesWhatIsOlderInBatches(t *testing.T) {
 					"INSERT INTO events SELECT i, now() - (55 - i) * interval '1 day' - interval '1 hour' FROM generate_series(1, 50) i ORDER BY random()",
 					"INSERT INTO events VALUES (101, NULL), (102, 'infinity'), (103, '-infinity')",
 				)
-				result, err := p.run(t, tasks.RowsPrune{Table: "events", Column: "at", OlderThan: "30d", Batch: 10})
+				result, err := p.run(t, rowsprune.Prune{Table: "events", Column: "at", OlderThan: "30d", Batch: 10})
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -78,24 +94,24 @@ func TestRowsPrune_DeletesWhatIsOlderInBatches(t *testing.T) {
 				if typ == "date" && p.ids(t, "events")[:2] == "25" {
 					first, deleted = 25, 25
 				}
-				want(t, "result", result, tasks.RowsPruneResult{Deleted: deleted, Batches: 3})
+				want(t, "result", result, rowsprune.Result{Deleted: deleted, Batches: 3})
 				var left []string
 				for i := first; i <= 50; i++ {
 					left = append(left, strconv.Itoa(i))
 				}
 				want(t, "rows left", p.ids(t, "events"), strings.Join(left, " ")+" 101 102")
 
-				result, err = p.run(t, tasks.RowsPrune{Table: "public.events", Column: "at", OlderThan: "30d"})
+				result, err = p.run(t, rowsprune.Prune{Table: "public.events", Column: "at", OlderThan: "30d"})
 				if err != nil {
 					t.Fatal(err)
 				}
-				want(t, "result of another run", result, tasks.RowsPruneResult{})
+				want(t, "result of another run", result, rowsprune.Result{})
 			})
 		}
 	}
 }
 
-func TestRowsPrune_TheBoundaryIsExact(t *testing.T) {
+func TestPrune_TheBoundaryIsExact(t *testing.T) {
 	t.Parallel()
 	p := newPrunes(t,
 		"CREATE TABLE a (id int, at timestamptz)",
@@ -106,7 +122,7 @@ func TestRowsPrune_TheBoundaryIsExact(t *testing.T) {
 		"INSERT INTO c SELECT i, (now() - interval '48 hours')::date + i FROM generate_series(-1, 1) i",
 	)
 	for table, age := range map[string]string{"a": "1h", "b": "60m", "c": "1d24h"} {
-		if _, err := p.run(t, tasks.RowsPrune{Table: table, Column: "at", OlderThan: age}); err != nil {
+		if _, err := p.run(t, rowsprune.Prune{Table: table, Column: "at", OlderThan: age}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -115,7 +131,7 @@ func TestRowsPrune_TheBoundaryIsExact(t *testing.T) {
 	want(t, "date", p.ids(t, "c"), "0 1")
 }
 
-func TestRowsPrune_WhateverTheSessionsSettingsAre(t *testing.T) {
+func TestPrune_WhateverTheSessionsSettingsAre(t *testing.T) {
 	t.Parallel()
 	for _, index := range []string{"(at)", "(id)"} {
 		p := prunes{taskstest.New(t)}
@@ -135,7 +151,7 @@ func TestRowsPrune_WhateverTheSessionsSettingsAre(t *testing.T) {
 			"INSERT INTO e SELECT i, now() - i * interval '25 hours' FROM generate_series(1, 100) i",
 			"CREATE TABLE f AS SELECT id, at::timestamp FROM e", "CREATE INDEX ON f "+index)
 		for _, table := range []string{"e", "f"} {
-			result, err := p.run(t, tasks.RowsPrune{Table: table, Column: "at", OlderThan: "250h", Batch: 7})
+			result, err := p.run(t, rowsprune.Prune{Table: table, Column: "at", OlderThan: "250h", Batch: 7})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -144,7 +160,7 @@ func TestRowsPrune_WhateverTheSessionsSettingsAre(t *testing.T) {
 	}
 }
 
-func TestRowsPrune_NamesAreTakenLiterally(t *testing.T) {
+func TestPrune_NamesAreTakenLiterally(t *testing.T) {
 	t.Parallel()
 	p := newPrunes(t,
 		`CREATE SCHEMA "A; %t"`,
@@ -153,7 +169,7 @@ func TestRowsPrune_NamesAreTakenLiterally(t *testing.T) {
 		`CREATE TABLE "Events" (id int, "At" date DEFAULT '2000-01-01')`, `INSERT INTO "Events" VALUES (1)`,
 		`CREATE TABLE events (id int, at date DEFAULT '2000-01-01')`, `INSERT INTO events VALUES (1)`,
 	)
-	for _, payload := range []tasks.RowsPrune{
+	for _, payload := range []rowsprune.Prune{
 		{Table: `A; %t.select %c ' \ é`, Column: "%y at", OlderThan: "1d"},
 		{Table: "Events", Column: "At", OlderThan: "1d"},
 	} {
@@ -166,7 +182,7 @@ func TestRowsPrune_NamesAreTakenLiterally(t *testing.T) {
 	want(t, "another table's rows", p.count(t, "events"), 1)
 }
 
-func TestRowsPrune_PartitionsAndHeirs(t *testing.T) {
+func TestPrune_PartitionsAndHeirs(t *testing.T) {
 	t.Parallel()
 	p := newPrunes(t,
 		"CREATE TABLE events (id int, at timestamptz) PARTITION BY RANGE (at)",
@@ -180,13 +196,13 @@ func TestRowsPrune_PartitionsAndHeirs(t *testing.T) {
 		"CREATE TABLE base (id int, at date)", "CREATE TABLE heir () INHERITS (base)",
 		"INSERT INTO base VALUES (1, '2000-01-01')", "INSERT INTO heir VALUES (2, '2000-01-01'), (3, now())",
 	)
-	result, err := p.run(t, tasks.RowsPrune{Table: "events", Column: "at", OlderThan: "30d", Batch: 4})
+	result, err := p.run(t, rowsprune.Prune{Table: "events", Column: "at", OlderThan: "30d", Batch: 4})
 	if err != nil {
 		t.Fatal(err)
 	}
 	want(t, "deleted", result.Deleted, 20)
 	want(t, "rows left", p.ids(t, "events"), "21 22 23 24 25")
-	result, err = p.run(t, tasks.RowsPrune{Table: "base", Column: "at", OlderThan: "30d"})
+	result, err = p.run(t, rowsprune.Prune{Table: "base", Column: "at", OlderThan: "30d"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -195,7 +211,7 @@ func TestRowsPrune_PartitionsAndHeirs(t *testing.T) {
 }
 
 // A table of more than one stretch of pages.
-func TestRowsPrune_ALargeTableWithoutAnIndex(t *testing.T) {
+func TestPrune_ALargeTableWithoutAnIndex(t *testing.T) {
 	t.Parallel()
 	p := newPrunes(t,
 		"CREATE TABLE events (id int, at timestamptz, fill text)",
@@ -203,15 +219,15 @@ func TestRowsPrune_ALargeTableWithoutAnIndex(t *testing.T) {
 		// One row a page.
 		"INSERT INTO events SELECT i, now() - CASE WHEN i % 3 = 0 THEN interval '1 day' ELSE '9 days' END, repeat('x', 5000) FROM generate_series(1, 2100) i",
 	)
-	result, err := p.run(t, tasks.RowsPrune{Table: "events", Column: "at", OlderThan: "2d", Batch: 500})
+	result, err := p.run(t, rowsprune.Prune{Table: "events", Column: "at", OlderThan: "2d", Batch: 500})
 	if err != nil {
 		t.Fatal(err)
 	}
-	want(t, "result", result, tasks.RowsPruneResult{Deleted: 1400, Batches: 4})
+	want(t, "result", result, rowsprune.Result{Deleted: 1400, Batches: 4})
 	want(t, "rows left", p.count(t, "events"), 700)
 }
 
-func TestRowsPrune_WaitsForNoRowThatOthersHaveLocked(t *testing.T) {
+func TestPrune_WaitsForNoRowThatOthersHaveLocked(t *testing.T) {
 	t.Parallel()
 	for _, index := range []string{"(at)", "(id)"} {
 		p := newPrunes(t, "CREATE TABLE events (id int, at timestamptz DEFAULT '2000-01-01')", "CREATE INDEX ON events "+index,
@@ -223,7 +239,7 @@ func TestRowsPrune_WaitsForNoRowThatOthersHaveLocked(t *testing.T) {
 		if _, err := tx.Exec(t.Context(), "SELECT FROM events WHERE id IN (3, 4, 11) FOR UPDATE"); err != nil {
 			t.Fatal(err)
 		}
-		result, err := p.run(t, tasks.RowsPrune{Table: "events", Column: "at", OlderThan: "1d", Batch: 2})
+		result, err := p.run(t, rowsprune.Prune{Table: "events", Column: "at", OlderThan: "1d", Batch: 2})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -232,19 +248,19 @@ func TestRowsPrune_WaitsForNoRowThatOthersHaveLocked(t *testing.T) {
 		if err := tx.Rollback(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		if result, err = p.run(t, tasks.RowsPrune{Table: "events", Column: "at", OlderThan: "1d", Batch: 2}); err != nil {
+		if result, err = p.run(t, rowsprune.Prune{Table: "events", Column: "at", OlderThan: "1d", Batch: 2}); err != nil {
 			t.Fatal(err)
 		}
-		want(t, "result of the next run", result, tasks.RowsPruneResult{Deleted: 3, Batches: 2})
+		want(t, "result of the next run", result, rowsprune.Result{Deleted: 3, Batches: 2})
 	}
 }
 
-func TestRowsPrune_InterruptedItGoesOnWhereItWas(t *testing.T) {
+func TestPrune_InterruptedItGoesOnWhereItWas(t *testing.T) {
 	t.Parallel()
 	for _, index := range []string{"(at)", "(id)"} {
 		p := newPrunes(t, "CREATE TABLE events (id int, at timestamptz DEFAULT '2000-01-01')", "CREATE INDEX ON events "+index,
 			"INSERT INTO events SELECT generate_series(1, 1000)")
-		payload := tasks.RowsPrune{Table: "events", Column: "at", OlderThan: "1d", Batch: 10}
+		payload := rowsprune.Prune{Table: "events", Column: "at", OlderThan: "1d", Batch: 10}
 		ctx, cancel := context.WithCancel(t.Context())
 		var shown []string
 		job := &tasks.Job{DB: p.DB, Log: slog.New(slog.DiscardHandler), WriteResult: func(b []byte) error {
@@ -254,7 +270,7 @@ func TestRowsPrune_InterruptedItGoesOnWhereItWas(t *testing.T) {
 			}
 			return errors.New("Redis is away") // so that each one is tried
 		}}
-		_, err := tasks.HandleRowsPrune(ctx, job, payload)
+		_, err := rowsprune.Handle(ctx, job, payload)
 		if !errors.Is(err, context.Canceled) || tasks.IsPermanent(err) {
 			t.Fatalf("error %v, permanent %t; want that it was cancelled", err, tasks.IsPermanent(err))
 		}
@@ -266,21 +282,21 @@ func TestRowsPrune_InterruptedItGoesOnWhereItWas(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		want(t, "result of the second run", result, tasks.RowsPruneResult{Deleted: 970, Batches: 97})
+		want(t, "result of the second run", result, rowsprune.Result{Deleted: 970, Batches: 97})
 	}
 }
 
-func TestRowsPrune_SeveralAtOnceShareTheRows(t *testing.T) {
+func TestPrune_SeveralAtOnceShareTheRows(t *testing.T) {
 	t.Parallel()
 	for _, index := range []string{"(at)", "(id)"} {
 		p := newPrunes(t, "CREATE TABLE events (id int, at timestamptz)", "CREATE INDEX ON events "+index,
 			"INSERT INTO events SELECT i, '2000-01-01'::timestamptz + i / 10 * interval '1 s' FROM generate_series(1, 5000) i",
 			"INSERT INTO events VALUES (0, now())")
 		var all []<-chan error
-		results := make([]tasks.RowsPruneResult, 4)
+		results := make([]rowsprune.Result, 4)
 		for n := range results {
 			all = append(all, start(func() (err error) {
-				results[n], err = p.run(t, tasks.RowsPrune{Table: "events", Column: "at", OlderThan: "1d", Batch: 50})
+				results[n], err = p.run(t, rowsprune.Prune{Table: "events", Column: "at", OlderThan: "1d", Batch: 50})
 				return err
 			}))
 		}
@@ -296,7 +312,7 @@ func TestRowsPrune_SeveralAtOnceShareTheRows(t *testing.T) {
 	}
 }
 
-func TestRowsPrune_GivesWayToOthersBetweenBatches(t *testing.T) {
+func TestPrune_GivesWayToOthersBetweenBatches(t *testing.T) {
 	t.Parallel()
 	p := newPrunes(t, "CREATE TABLE events (id int, at timestamptz DEFAULT '2000-01-01')", "INSERT INTO events SELECT generate_series(1, 500)")
 	cfg := dbpool.DefaultConfig(p.DatabaseURL)
@@ -308,7 +324,7 @@ func TestRowsPrune_GivesWayToOthersBetweenBatches(t *testing.T) {
 	t.Cleanup(one.Close)
 	p.DB = one
 	done := start(func() error {
-		_, err := p.run(t, tasks.RowsPrune{Table: "events", Column: "at", OlderThan: "1d", Batch: 1})
+		_, err := p.run(t, rowsprune.Prune{Table: "events", Column: "at", OlderThan: "1d", Batch: 1})
 		return err
 	})
 	between := 0
@@ -325,14 +341,14 @@ func TestRowsPrune_GivesWayToOthersBetweenBatches(t *testing.T) {
 	}
 }
 
-func TestRowsPrune_RowsThatAreNeededStay(t *testing.T) {
+func TestPrune_RowsThatAreNeededStay(t *testing.T) {
 	t.Parallel()
 	const fk = `prune orders: ERROR: update or delete on table "orders" violates foreign key constraint "items_order_id_fkey" on table "items" (SQLSTATE 23503)`
 	for _, index := range []string{"(at)", "(at2)"} {
 		p := newPrunes(t, "CREATE TABLE orders (id int PRIMARY KEY, at timestamptz, at2 date)", "CREATE INDEX ON orders "+index,
 			"INSERT INTO orders SELECT i, '2000-01-01'::timestamptz + i % 1000 * interval '1 s' FROM generate_series(918273001, 918273030) i",
 			"CREATE TABLE items (order_id int REFERENCES orders)", "INSERT INTO items VALUES (918273025)")
-		_, err := p.run(t, tasks.RowsPrune{Table: "orders", Column: "at", OlderThan: "1d", Batch: 10})
+		_, err := p.run(t, rowsprune.Prune{Table: "orders", Column: "at", OlderThan: "1d", Batch: 10})
 		if err == nil || err.Error() != fk || !tasks.IsPermanent(err) {
 			t.Errorf("error %v, permanent %t; want %s", err, tasks.IsPermanent(err), fk)
 		}
@@ -340,28 +356,28 @@ func TestRowsPrune_RowsThatAreNeededStay(t *testing.T) {
 	}
 }
 
-func TestRowsPrune_TriggersThatKeepRows(t *testing.T) {
+func TestPrune_TriggersThatKeepRows(t *testing.T) {
 	t.Parallel()
 	for _, index := range []string{"(at)", "(id)"} {
 		p := newPrunes(t, "CREATE TABLE events (id int, at timestamptz DEFAULT '2000-01-01')", "CREATE INDEX ON events "+index,
 			"INSERT INTO events SELECT generate_series(1, 30)",
 			"CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF OLD.id > 5 THEN RETURN NULL; END IF; RETURN OLD; END $$",
 			"CREATE TRIGGER keep BEFORE DELETE ON events FOR EACH ROW EXECUTE FUNCTION keep()")
-		result, err := p.run(t, tasks.RowsPrune{Table: "events", Column: "at", OlderThan: "1d", Batch: 10})
+		result, err := p.run(t, rowsprune.Prune{Table: "events", Column: "at", OlderThan: "1d", Batch: 10})
 		if err != nil {
 			t.Fatal(err)
 		}
 		want(t, "deleted, left", [2]int64{result.Deleted, result.Left}, [2]int64{5, 25})
 
 		p.exec(t, "CREATE OR REPLACE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 's3cret %', OLD.id; END $$")
-		_, err = p.run(t, tasks.RowsPrune{Table: "events", Column: "at", OlderThan: "1d"})
+		_, err = p.run(t, rowsprune.Prune{Table: "events", Column: "at", OlderThan: "1d"})
 		if err == nil || !tasks.IsPermanent(err) || err.Error() != "prune events: a trigger refuses to delete a row (SQLSTATE P0001)" {
 			t.Errorf("error %v, permanent %t", err, tasks.IsPermanent(err))
 		}
 	}
 }
 
-func TestRowsPrune_WhatIsNotThereIsAPermanentError(t *testing.T) {
+func TestPrune_WhatIsNotThereIsAPermanentError(t *testing.T) {
 	t.Parallel()
 	p := newPrunes(t, `CREATE TABLE events (id int, at timestamptz, "time" time, word text, gone date)`, "ALTER TABLE events DROP gone",
 		"CREATE VIEW v AS SELECT * FROM events")
@@ -377,56 +393,56 @@ func TestRowsPrune_WhatIsNotThereIsAPermanentError(t *testing.T) {
 		{"events", "word", `column "word" is text; it must be timestamptz, timestamp or date`},
 		{"events", "time", `column "time" is time without time zone; it must be`},
 	} {
-		_, err := p.run(t, tasks.RowsPrune{Table: tc.table, Column: tc.column, OlderThan: "1d"})
+		_, err := p.run(t, rowsprune.Prune{Table: tc.table, Column: tc.column, OlderThan: "1d"})
 		if err == nil || !strings.Contains(err.Error(), tc.wanted) || !tasks.IsPermanent(err) {
 			t.Errorf("%s.%s: error %v, permanent %t; want %q", tc.table, tc.column, err, tasks.IsPermanent(err), tc.wanted)
 		}
 	}
 }
 
-func TestRowsPrune_PayloadIsValidated(t *testing.T) {
+func TestPrune_PayloadIsValidated(t *testing.T) {
 	t.Parallel()
-	valid := tasks.RowsPrune{Table: "s.t", Column: "at", OlderThan: "30d", Batch: 1000}
+	valid := rowsprune.Prune{Table: "s.t", Column: "at", OlderThan: "30d", Batch: 1000}
 	for _, tc := range []struct {
-		change func(*tasks.RowsPrune)
+		change func(*rowsprune.Prune)
 		wanted string
 	}{
-		{func(*tasks.RowsPrune) {}, ""},
-		{func(p *tasks.RowsPrune) { p.Table = "t" }, ""},
-		{func(p *tasks.RowsPrune) { p.Batch = 0 }, ""},
-		{func(p *tasks.RowsPrune) { p.Batch = 50000 }, ""},
-		{func(p *tasks.RowsPrune) { p.OlderThan = "1d12h" }, ""},
-		{func(p *tasks.RowsPrune) { p.OlderThan = "90m" }, ""},
-		{func(p *tasks.RowsPrune) { p.OlderThan = "1h30m" }, ""},
-		{func(p *tasks.RowsPrune) { p.OlderThan = "36500d" }, ""},
-		{func(p *tasks.RowsPrune) { p.OlderThan = "0d1ms" }, ""},
-		{func(p *tasks.RowsPrune) { p.Table = "" }, "table: "},
-		{func(p *tasks.RowsPrune) { p.Table = "s." }, "table: "},
-		{func(p *tasks.RowsPrune) { p.Table = ".t" }, "table: "},
-		{func(p *tasks.RowsPrune) { p.Table = "a.b.c" }, "table: "},
-		{func(p *tasks.RowsPrune) { p.Table = `s."t"` }, "table: "},
-		{func(p *tasks.RowsPrune) { p.Table = "t\x00" }, "table: "},
-		{func(p *tasks.RowsPrune) { p.Table = strings.Repeat("x", 64) }, "table: "},
-		{func(p *tasks.RowsPrune) { p.Table = "pg_catalog.pg_class" }, "table: "},
-		{func(p *tasks.RowsPrune) { p.Table = "pg_toast.x" }, "table: "},
-		{func(p *tasks.RowsPrune) { p.Table = "information_schema.tables" }, "table: "},
-		{func(p *tasks.RowsPrune) { p.Column = "" }, "column: "},
-		{func(p *tasks.RowsPrune) { p.Column = "t.at" }, "column: "},
-		{func(p *tasks.RowsPrune) { p.Column = `"at"` }, "column: "},
-		{func(p *tasks.RowsPrune) { p.OlderThan = "" }, "older_than: "},
-		{func(p *tasks.RowsPrune) { p.OlderThan = "30" }, "older_than: "},
-		{func(p *tasks.RowsPrune) { p.OlderThan = "30 days" }, "older_than: "},
-		{func(p *tasks.RowsPrune) { p.OlderThan = "0d" }, "older_than: "},
-		{func(p *tasks.RowsPrune) { p.OlderThan = "0s" }, "older_than: "},
-		{func(p *tasks.RowsPrune) { p.OlderThan = "-1h" }, "older_than: "},
-		{func(p *tasks.RowsPrune) { p.OlderThan = "1d-25h" }, "older_than: "},
-		{func(p *tasks.RowsPrune) { p.OlderThan = "1h1d" }, "older_than: "},
-		{func(p *tasks.RowsPrune) { p.OlderThan = "36501d" }, "older_than: "},
-		{func(p *tasks.RowsPrune) { p.OlderThan = "999999999999d" }, "older_than: "},
-		{func(p *tasks.RowsPrune) { p.OlderThan = "2562047h" }, ""},
-		{func(p *tasks.RowsPrune) { p.OlderThan = "36500d2562047h" }, "older_than: "},
-		{func(p *tasks.RowsPrune) { p.Batch = -1 }, "batch: "},
-		{func(p *tasks.RowsPrune) { p.Batch = 50001 }, "batch: "},
+		{func(*rowsprune.Prune) {}, ""},
+		{func(p *rowsprune.Prune) { p.Table = "t" }, ""},
+		{func(p *rowsprune.Prune) { p.Batch = 0 }, ""},
+		{func(p *rowsprune.Prune) { p.Batch = 50000 }, ""},
+		{func(p *rowsprune.Prune) { p.OlderThan = "1d12h" }, ""},
+		{func(p *rowsprune.Prune) { p.OlderThan = "90m" }, ""},
+		{func(p *rowsprune.Prune) { p.OlderThan = "1h30m" }, ""},
+		{func(p *rowsprune.Prune) { p.OlderThan = "36500d" }, ""},
+		{func(p *rowsprune.Prune) { p.OlderThan = "0d1ms" }, ""},
+		{func(p *rowsprune.Prune) { p.Table = "" }, "table: "},
+		{func(p *rowsprune.Prune) { p.Table = "s." }, "table: "},
+		{func(p *rowsprune.Prune) { p.Table = ".t" }, "table: "},
+		{func(p *rowsprune.Prune) { p.Table = "a.b.c" }, "table: "},
+		{func(p *rowsprune.Prune) { p.Table = `s."t"` }, "table: "},
+		{func(p *rowsprune.Prune) { p.Table = "t\x00" }, "table: "},
+		{func(p *rowsprune.Prune) { p.Table = strings.Repeat("x", 64) }, "table: "},
+		{func(p *rowsprune.Prune) { p.Table = "pg_catalog.pg_class" }, "table: "},
+		{func(p *rowsprune.Prune) { p.Table = "pg_toast.x" }, "table: "},
+		{func(p *rowsprune.Prune) { p.Table = "information_schema.tables" }, "table: "},
+		{func(p *rowsprune.Prune) { p.Column = "" }, "column: "},
+		{func(p *rowsprune.Prune) { p.Column = "t.at" }, "column: "},
+		{func(p *rowsprune.Prune) { p.Column = `"at"` }, "column: "},
+		{func(p *rowsprune.Prune) { p.OlderThan = "" }, "older_than: "},
+		{func(p *rowsprune.Prune) { p.OlderThan = "30" }, "older_than: "},
+		{func(p *rowsprune.Prune) { p.OlderThan = "30 days" }, "older_than: "},
+		{func(p *rowsprune.Prune) { p.OlderThan = "0d" }, "older_than: "},
+		{func(p *rowsprune.Prune) { p.OlderThan = "0s" }, "older_than: "},
+		{func(p *rowsprune.Prune) { p.OlderThan = "-1h" }, "older_than: "},
+		{func(p *rowsprune.Prune) { p.OlderThan = "1d-25h" }, "older_than: "},
+		{func(p *rowsprune.Prune) { p.OlderThan = "1h1d" }, "older_than: "},
+		{func(p *rowsprune.Prune) { p.OlderThan = "36501d" }, "older_than: "},
+		{func(p *rowsprune.Prune) { p.OlderThan = "999999999999d" }, "older_than: "},
+		{func(p *rowsprune.Prune) { p.OlderThan = "2562047h" }, ""},
+		{func(p *rowsprune.Prune) { p.OlderThan = "36500d2562047h" }, "older_than: "},
+		{func(p *rowsprune.Prune) { p.Batch = -1 }, "batch: "},
+		{func(p *rowsprune.Prune) { p.Batch = 50001 }, "batch: "},
 	} {
 		p := valid
 		tc.change(&p)

@@ -1,4 +1,4 @@
-package tasks
+package csvimport
 
 import (
 	"bytes"
@@ -18,9 +18,10 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/carpool-go/carpool/outbound"
+	"github.com/carpool-go/carpool/tasks"
 )
 
-func TestCSVSource_AServerThatSendsNothingMoreIsGivenUp(t *testing.T) {
+func TestSource_AServerThatSendsNothingMoreIsGivenUp(t *testing.T) {
 	t.Parallel()
 	ended := make(chan struct{})
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -34,21 +35,21 @@ func TestCSVSource_AServerThatSendsNothingMoreIsGivenUp(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	src, err := CSVImporter{Outbound: guard, stall: 50 * time.Millisecond}.open(t.Context(), server.URL)
+	src, err := Importer{stall: 50 * time.Millisecond}.open(outbound.NewContext(t.Context(), guard), server.URL)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer src.close()
 	_, err = src.infer(t.Context(), func(string, int64, int64) {})
-	if err == nil || err.Error() != "after line 2: the server sent nothing for 50ms" || IsPermanent(err) {
-		t.Errorf("error %v, permanent %t", err, IsPermanent(err))
+	if err == nil || err.Error() != "after line 2: the server sent nothing for 50ms" || tasks.IsPermanent(err) {
+		t.Errorf("error %v, permanent %t", err, tasks.IsPermanent(err))
 	}
 	<-ended
 }
 
 // A reader between the source and encoding/csv that bounds it must not change
 // what it reads, however the bytes come in.
-func FuzzCSVReader(f *testing.F) {
+func FuzzReader(f *testing.F) {
 	for _, s := range []string{
 		"a,b\n1,2\n", "\uFEFFa\r\n\"x\r\ny\"\r\n", "a,b\n1\n", "a\n\"", "a\n\"x\"y\n", "a\n\n\nb", "a\nx\"y\n", "\r\r\n\"\"\"\"", "a,b\n\"\n\n\",\"\n\"\n",
 	} {
@@ -58,7 +59,7 @@ func FuzzCSVReader(f *testing.F) {
 		withoutBOM := bytes.TrimPrefix(data, []byte("\uFEFF"))
 		for _, in := range []io.Reader{bytes.NewReader(data), iotest.DataErrReader(iotest.OneByteReader(bytes.NewReader(data)))} {
 			reference := csv.NewReader(bytes.NewReader(withoutBOM))
-			r := newCSVReader(context.Background(), in, maphash.MakeSeed())
+			r := newReader(context.Background(), in, maphash.MakeSeed())
 			for {
 				want, wantErr := reference.Read()
 				got, err := r.next()
@@ -66,7 +67,7 @@ func FuzzCSVReader(f *testing.F) {
 					t.Fatalf("error %v, encoding/csv says %v", err, wantErr)
 				}
 				if err != nil {
-					if !errors.Is(err, io.EOF) && !IsPermanent(err) {
+					if !errors.Is(err, io.EOF) && !tasks.IsPermanent(err) {
 						t.Errorf("error %v is not permanent", err)
 					}
 					break
@@ -85,7 +86,7 @@ func FuzzCSVReader(f *testing.F) {
 	})
 }
 
-func TestCSVReader_AFailureComesAfterTheRecordsThatWereReadBefore(t *testing.T) {
+func TestReader_AFailureComesAfterTheRecordsThatWereReadBefore(t *testing.T) {
 	t.Parallel()
 	away := errors.New("away")
 	for _, in := range []io.Reader{
@@ -93,7 +94,7 @@ func TestCSVReader_AFailureComesAfterTheRecordsThatWereReadBefore(t *testing.T) 
 		iotest.OneByteReader(io.MultiReader(strings.NewReader("a\n1\n2\n3"), iotest.ErrReader(away))),
 		&bytesAndError{[]byte("a\n1\n2\n3"), away},
 	} {
-		r := newCSVReader(t.Context(), in, maphash.MakeSeed())
+		r := newReader(t.Context(), in, maphash.MakeSeed())
 		var read []string
 		var err error
 		for {
@@ -106,8 +107,8 @@ func TestCSVReader_AFailureComesAfterTheRecordsThatWereReadBefore(t *testing.T) 
 		if diff := cmp.Diff([]string{"a", "1", "2"}, read); diff != "" {
 			t.Errorf("records (-want +got):\n%s", diff)
 		}
-		if !errors.Is(err, away) || err.Error() != "after line 3: away" || IsPermanent(err) {
-			t.Errorf("error %v, permanent %t", err, IsPermanent(err))
+		if !errors.Is(err, away) || err.Error() != "after line 3: away" || tasks.IsPermanent(err) {
+			t.Errorf("error %v, permanent %t", err, tasks.IsPermanent(err))
 		}
 	}
 }
@@ -124,16 +125,16 @@ func (r *bytesAndError) Read(p []byte) (int, error) {
 	return n, r.err
 }
 
-func TestCSVReader_StopsWhenTheJobIsCancelled(t *testing.T) {
+func TestReader_StopsWhenTheJobIsCancelled(t *testing.T) {
 	t.Parallel()
 	ctx, cancel := context.WithCancelCause(t.Context())
-	r := newCSVReader(ctx, io.MultiReader(strings.NewReader("a\n"), iotest.OneByteReader(strings.NewReader(strings.Repeat("1\n", 100)))), maphash.MakeSeed())
+	r := newReader(ctx, io.MultiReader(strings.NewReader("a\n"), iotest.OneByteReader(strings.NewReader(strings.Repeat("1\n", 100)))), maphash.MakeSeed())
 	if _, err := r.next(); err != nil {
 		t.Fatal(err)
 	}
 	shutdown := errors.New("shutting down")
 	cancel(shutdown)
-	if _, err := r.next(); !errors.Is(err, shutdown) || IsPermanent(err) {
-		t.Errorf("error %v, permanent %t", err, IsPermanent(err))
+	if _, err := r.next(); !errors.Is(err, shutdown) || tasks.IsPermanent(err) {
+		t.Errorf("error %v, permanent %t", err, tasks.IsPermanent(err))
 	}
 }

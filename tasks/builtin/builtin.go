@@ -1,0 +1,62 @@
+// Package builtin is the ready-made kinds of job, with the settings they need:
+// csv:import, webhook:deliver and rows:prune.
+//
+// A program that runs a worker registers the group [Tasks], among its own. Programs
+// that only enqueue need the packages of the kinds instead.
+package builtin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/carpool-go/carpool/tasks"
+	"github.com/carpool-go/carpool/tasks/csvimport"
+	"github.com/carpool-go/carpool/tasks/rowsprune"
+	"github.com/carpool-go/carpool/tasks/webhook"
+)
+
+// Tasks is the group of the ready-made kinds. Its fields are their settings; they are
+// read when a job runs, so they may be set after the group was registered and before
+// the first job. The zero value works: what needs a setting then says so when it runs.
+type Tasks struct {
+	// ImportDir is the folder below which csv:import may read files; "" refuses
+	// them all.
+	ImportDir string `env:"IMPORT_DIR" placeholder:"DIR" help:"csv:import may read file: sources below this folder; unset, it refuses them."`
+	// WebhookSecret signs webhooks: "whsec_" and base64. "" refuses to deliver
+	// any.
+	WebhookSecret string `env:"WEBHOOK_SECRET" secret:"" placeholder:"whsec_…" help:"webhook:deliver signs with this; unset, it refuses to deliver."`
+}
+
+// Register adds csv:import, webhook:deliver and rows:prune to s.
+func (t *Tasks) Register(s *tasks.Set) {
+	tasks.RegisterOnce(s, t.importCSV)
+	tasks.Register(s, t.deliverWebhook)
+	tasks.Register(s, rowsprune.Handle)
+}
+
+func (t *Tasks) importCSV(ctx context.Context, job *tasks.Job, p csvimport.Import) (csvimport.Result, error) {
+	return csvimport.Importer{Dir: t.ImportDir}.Handle(ctx, job, p)
+}
+
+func (t *Tasks) deliverWebhook(ctx context.Context, job *tasks.Job, p webhook.Deliver) (webhook.Result, error) {
+	return webhook.Deliverer{Secret: t.WebhookSecret}.Handle(ctx, job, p)
+}
+
+// Check returns what is wrong with the settings, every fault at once, joined by
+// [errors.Join]. A fault names its variable and an example, and never shows a secret.
+func (t *Tasks) Check() error {
+	var faults []error
+	if t.ImportDir != "" {
+		if info, err := os.Stat(t.ImportDir); err != nil || !info.IsDir() {
+			faults = append(faults, fmt.Errorf("IMPORT_DIR is %q, which is not a folder that can be read; for example IMPORT_DIR=/var/imports", t.ImportDir))
+		}
+	}
+	if t.WebhookSecret != "" {
+		if err := webhook.ValidateSecret(t.WebhookSecret); err != nil {
+			faults = append(faults, fmt.Errorf("WEBHOOK_SECRET is wrong: %w; for example WEBHOOK_SECRET=whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", err))
+		}
+	}
+	return errors.Join(faults...)
+}

@@ -1,0 +1,12 @@
+package csvimport_test
+
+import (
+	"testing"
+
+	"github.com/carpool-go/carpool/internal/testservers"
+)
+
+func TestMain(m *testing.M) {
+	testservers.RunMoreAtOnce()
+	testservers.Main(m)
+}
