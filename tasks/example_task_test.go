@@ -12,7 +12,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 
-	. "github.com/carpool-go/carpool/tasks" // so that the task reads as in its own file
+	"github.com/carpool-go/carpool/tasks"
 	"github.com/carpool-go/carpool/tasks/taskstest"
 )
 
@@ -25,8 +25,8 @@ type Greet struct {
 
 func (Greet) Kind() string { return "greet:hello" }
 
-func (Greet) Options() Options {
-	return Options{Queue: "low", MaxRetry: 5, Timeout: time.Minute, Retention: time.Hour}
+func (Greet) Options() tasks.Options {
+	return tasks.Options{Queue: "low", MaxRetry: 5, Timeout: time.Minute, Retention: time.Hour}
 }
 
 func (g Greet) Validate() error {
@@ -36,7 +36,7 @@ func (g Greet) Validate() error {
 	return nil
 }
 
-func HandleGreet(ctx context.Context, job *Job, g Greet) (greeting string, err error) {
+func HandleGreet(ctx context.Context, job *tasks.Job, g Greet) (greeting string, err error) {
 	err = job.DB.QueryRow(ctx, "SELECT 'Hello, ' || $1 || '!'", g.Name).Scan(&greeting)
 	return greeting, err
 }
@@ -45,8 +45,8 @@ func HandleGreet(ctx context.Context, job *Job, g Greet) (greeting string, err e
 
 // README:transactional
 
-// RegisterTx(s, HandleWelcome)
-func HandleWelcome(ctx context.Context, job *Job, tx pgx.Tx, g Greet) (any, error) {
+// tasks.RegisterTx(s, HandleWelcome)
+func HandleWelcome(ctx context.Context, job *tasks.Job, tx pgx.Tx, g Greet) (any, error) {
 	_, err := tx.Exec(ctx, "UPDATE guests SET greeted = greeted + 1 WHERE name = $1", g.Name)
 	return nil, err
 }
@@ -54,8 +54,8 @@ func HandleWelcome(ctx context.Context, job *Job, tx pgx.Tx, g Greet) (any, erro
 // README:end
 
 func ExampleRegister() {
-	set := new(Set)
-	Register(set, HandleGreet)
+	set := new(tasks.Set)
+	tasks.Register(set, HandleGreet)
 
 	task, _ := set.Lookup("greet:hello")
 	fmt.Println(task.Example())
@@ -78,9 +78,9 @@ func TestREADME_ShowsTheTaskThatIsTestedHereInUnder25Lines(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	block := regexp.MustCompile("(?s)```go\npackage tasks\n(.*?)```").FindSubmatch(readme)
+	block := regexp.MustCompile("(?s)```go\npackage greet\n(.*?)```").FindSubmatch(readme)
 	if block == nil {
-		t.Fatal("README.md has no Go code that begins with package tasks")
+		t.Fatal("README.md has no Go code that begins with package greet")
 	}
 	if got, want := strings.TrimSpace(string(block[1])), strings.TrimSpace(want); got != want {
 		t.Errorf("README.md shows\n%s\nbut what is tested is\n%s", got, want)
