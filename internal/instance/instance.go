@@ -1,0 +1,44 @@
+// Package instance names what belongs to one instance, which is one worker process: its
+// queue, and its keys in Redis.
+package instance
+
+import (
+	"cmp"
+	"os"
+	"regexp"
+	"strings"
+
+	"github.com/google/uuid"
+)
+
+// NewName makes a name that is different for any two instances that live at once.
+func NewName() string {
+	host, _ := os.Hostname()
+	name := cmp.Or(os.Getenv("RENDER_INSTANCE_ID"), host, "worker")
+	return name + "-" + uuid.NewString()[:8]
+}
+
+// QueuePrefix begins the names of the instances' own queues.
+const QueuePrefix = "instance-"
+
+// Queue is the queue that only the instance of this name pulls from.
+func Queue(name string) string { return QueuePrefix + name }
+
+// queue matches the queues whose names are made from a name of [NewName], and not a queue
+// of the user's that only begins like them.
+var queue = regexp.MustCompile(`^` + QueuePrefix + `.+-[0-9a-f]{8}$`)
+
+// IsQueue reports whether a queue is an instance's own.
+func IsQueue(name string) bool { return queue.MatchString(name) }
+
+// OfQueue is the name of the instance whose own queue this is.
+func OfQueue(queue string) string { return strings.TrimPrefix(queue, QueuePrefix) }
+
+// Names is the key of a sorted set of the names of all instances, by when each last wrote
+// its snapshot, in Unix seconds. Nobody has to scan for them.
+const Names = "carpool:instances"
+
+// SnapshotKey is the key of an instance's snapshot. Its braces put it into the slot of a
+// Redis Cluster that has the instance's own queue, so that one script can read the one and
+// remove the other.
+func SnapshotKey(name string) string { return "carpool:instance:{" + Queue(name) + "}" }
