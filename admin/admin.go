@@ -1,0 +1,98 @@
+// Package admin is what an operator does with jobs and queues: look at how everything
+// stands, put back or delete jobs that were given up, cancel one, pause a queue.
+//
+// It is for tools that people use, such as a worker's command line and its monitor. It is
+// not for application logic: what is true of a queue when it is asked for is over when it
+// is answered, the calls read whole queues, and what they change is meant to be changed by
+// somebody who knows why. A service that enqueues jobs uses [tasks.Client].
+package admin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/hibiken/asynq"
+	"github.com/redis/go-redis/v9"
+
+	"github.com/carpool-go/carpool/dbpool"
+	"github.com/carpool-go/carpool/internal/asynqwire"
+	"github.com/carpool-go/carpool/internal/outbox"
+	"github.com/carpool-go/carpool/internal/unique"
+	"github.com/carpool-go/carpool/tasks"
+)
+
+// Admin works on the jobs and queues of one Redis and one database. It is safe for
+// concurrent use.
+type Admin struct {
+	rdb       redis.UniversalClient
+	db        *dbpool.Pool // nil: there is none
+	inspector *asynq.Inspector
+	client    *tasks.Client
+	locks     *unique.Locks
+}
+
+// New returns an Admin. db has the outbox and may be nil: then the outbox isn't read, and
+// a job that is still there can't be cancelled. The caller closes both.
+func New(rdb redis.UniversalClient, db *dbpool.Pool) *Admin {
+	return &Admin{rdb, db, asynq.NewInspectorFromRedisClient(rdb), tasks.NewClient(rdb), unique.NewLocks(rdb)}
+}
+
+// Cancel cancels a job as [tasks.Client.Cancel] does, and also one that is still in the
+// outbox, which is removed there. The errors are that one's, or the database's.
+func (a *Admin) Cancel(ctx context.Context, id string) error {
+	err := a.client.Cancel(ctx, id)
+	switch {
+	case !errors.Is(err, tasks.ErrNoSuchJob) || !outbox.IsID(id):
+		return err
+	case a.db == nil:
+		return fmt.Errorf("%w in Redis; the outbox was not looked at, as DATABASE_URL is not set", err)
+	}
+	removed, outboxErr := outbox.Remove(ctx, a.db, id)
+	if outboxErr != nil {
+		return fmt.Errorf("%w in Redis; look for it in the outbox: %w", err, outboxErr)
+	}
+	if removed {
+		return nil
+	}
+	return a.client.Cancel(ctx, id) // a relay may have moved it meanwhile
+}
+
+// ErrNoSuchQueue is wrapped by the error for a queue that has never had a job.
+var ErrNoSuchQueue = errors.New("no queue of this name has had a job yet")
+
+// Pause keeps workers from fetching jobs of a queue until [Admin.Resume]. Jobs that run go
+// on, and jobs can be enqueued. Pausing a paused queue does nothing. The error wraps
+// [ErrNoSuchQueue] or is Redis'.
+func (a *Admin) Pause(ctx context.Context, queue string) error {
+	err := a.requireQueue(ctx, queue)
+	if err == nil {
+		err = a.rdb.SetArgs(ctx, asynqwire.Paused(queue), time.Now().Unix(), redis.SetArgs{Mode: "NX"}).Err()
+	}
+	if err != nil && !errors.Is(err, redis.Nil) {
+		return fmt.Errorf("admin: pause queue %q: %w", queue, err)
+	}
+	return nil
+}
+
+// Resume ends what [Admin.Pause] began. Resuming a queue that isn't paused does nothing.
+// The error wraps [ErrNoSuchQueue] or is Redis'.
+func (a *Admin) Resume(ctx context.Context, queue string) error {
+	err := a.requireQueue(ctx, queue)
+	if err == nil {
+		err = a.rdb.Del(ctx, asynqwire.Paused(queue)).Err()
+	}
+	if err != nil {
+		return fmt.Errorf("admin: resume queue %q: %w", queue, err)
+	}
+	return nil
+}
+
+func (a *Admin) requireQueue(ctx context.Context, queue string) error {
+	known, err := a.rdb.SIsMember(ctx, asynqwire.Queues, queue).Result()
+	if err == nil && !known {
+		return ErrNoSuchQueue
+	}
+	return err
+}
