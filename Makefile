@@ -27,7 +27,8 @@ lint: ## Check the format and look for faults without running anything
 	@unformatted="$$($(GOFUMPT) -l .)" && if [ -n "$$unformatted" ]; then \
 		echo "gofumpt would change:"; echo "$$unformatted"; exit 1; fi
 	go vet ./...
+	cd examples/own && go vet ./...
 	$(STATICCHECK) ./...
 
-build: ## Build bin/worker and bin/monitor
-	CGO_ENABLED=0 go build -trimpath -ldflags "-X main.buildVersion=$(VERSION)" -o bin/ ./worker ./monitor
+build: ## Build bin/worker
+	CGO_ENABLED=0 go build -trimpath -ldflags "-X github.com/carpool-go/carpool/worker/cli.buildVersion=$(VERSION)" -o bin/ ./cmd/worker

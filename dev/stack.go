@@ -30,7 +30,7 @@ var seattleWeather []byte
 // stack is everything that dev starts. Fields are nil until their part is up; bringDown takes down what there is.
 type stack struct {
 	root     string          // of the module
-	folder   *servers.Folder // programs, the file to import, the environment to paste
+	folder   *servers.Folder // the program, the file to import, the environment to paste
 	postgres *servers.Postgres
 	redis    interface{ Stop() error }
 	receiver *receiver
@@ -123,41 +123,44 @@ func (s *stack) bringDown() error {
 
 func (s *stack) importDir() string       { return filepath.Join(s.folder.Path(), "imports") }
 func (s *stack) environmentFile() string { return filepath.Join(s.folder.Path(), "env") }
-func (s *stack) program(name string) string {
+
+// program is the worker's, of which the monitor is a command.
+func (s *stack) program() string {
+	name := "worker"
 	if runtime.GOOS == "windows" {
 		name += ".exe"
 	}
 	return filepath.Join(s.folder.Path(), "bin", name)
 }
 
-// moduleRoot finds the clone of carpool that we are in: its programs are built from there.
+// moduleRoot finds the clone of carpool that we are in: its program is built from there.
 func moduleRoot(ctx context.Context) (string, error) {
 	out, err := exec.CommandContext(ctx, "go", "env", "GOMOD").Output()
 	if err != nil {
 		return "", fmt.Errorf("ask go where the module is: %w", err)
 	}
 	root := filepath.Dir(strings.TrimSpace(string(out)))
-	for _, program := range []string{"worker", "monitor"} {
-		if _, err := os.Stat(filepath.Join(root, program)); err != nil {
+	for _, folder := range []string{"cmd/worker", "worker/cli"} {
+		if _, err := os.Stat(filepath.Join(root, folder)); err != nil {
 			return "", errors.New("this is not a clone of carpool; run it in one: go run ./dev")
 		}
 	}
 	return root, nil
 }
 
-// build builds the programs that Render runs, too. What they share with this one was built with it and is cached.
+// build builds the program that Render runs, too. What it shares with this one was built with it and is cached.
 func (s *stack) build(ctx context.Context, _ options, progress *lines) error {
 	began := time.Now()
-	cmd := exec.Command("go", "build", "-o", filepath.Dir(s.program("worker"))+string(filepath.Separator), "./worker", "./monitor")
+	cmd := exec.Command("go", "build", "-o", s.program(), "./cmd/worker")
 	cmd.Dir = s.root
 	slow := time.AfterFunc(5*time.Second, func() {
-		progress.printf("  … building the worker and the monitor; the first time takes a minute or two")
+		progress.printf("  … building the worker; the first time takes a minute or two")
 	})
 	defer slow.Stop()
 	if err := runToEnd(ctx, cmd, nil); err != nil {
-		return fmt.Errorf("build the worker and the monitor: %w", err)
+		return fmt.Errorf("build the worker: %w", err)
 	}
-	progress.printf("  worker and monitor built in %s", took(began))
+	progress.printf("  worker built in %s", took(began))
 	return nil
 }
 
@@ -240,7 +243,7 @@ func where(address string, began time.Time) string {
 }
 
 func (s *stack) migrate(ctx context.Context, progress *lines) error {
-	cmd := exec.Command(s.program("worker"), "migrate")
+	cmd := exec.Command(s.program(), "migrate")
 	cmd.Env = s.environ("LOG_FORMAT=text", "NO_COLOR=1")
 	if err := runToEnd(ctx, cmd, nil); err != nil {
 		return fmt.Errorf("worker migrate: %w", err)
@@ -255,7 +258,7 @@ func (s *stack) startReceiver(context.Context, *lines) (err error) {
 }
 
 func (s *stack) startWorker(ctx context.Context, progress *lines) error {
-	cmd := exec.Command(s.program("worker"), "run")
+	cmd := exec.Command(s.program(), "run")
 	cmd.Env = s.environ("LOG_FORMAT=json", "LOG_LEVEL=debug", "DB_POOL_VALIDATE_EVERY=2s", "WORKER_SHUTDOWN_TIMEOUT=5s")
 	worker, err := servers.StartProgram(cmd, s.log)
 	if err != nil {
@@ -281,7 +284,7 @@ func (s *stack) startMonitor(ctx context.Context, progress *lines) error {
 		return err
 	}
 	address := net.JoinHostPort("127.0.0.1", strconv.Itoa(port))
-	cmd := exec.Command(s.program("monitor"))
+	cmd := exec.Command(s.program(), "monitor")
 	cmd.Env = s.environ("MONITOR_ADDR="+address, "MONITOR_SHOW_PAYLOADS=true")
 	if s.monitor, err = servers.StartProgram(cmd, nil); err != nil {
 		return err
@@ -292,7 +295,7 @@ func (s *stack) startMonitor(ctx context.Context, progress *lines) error {
 	defer tick.Stop()
 	for {
 		if answers(ctx, s.monitorURL) {
-			progress.printf("  monitor on %s", s.monitorURL)
+			progress.printf("  monitor on %s (worker monitor)", s.monitorURL)
 			return nil
 		}
 		select {
@@ -353,7 +356,7 @@ func (s *stack) writeEnvironment(context.Context, *lines) error {
 		name, value, _ := strings.Cut(setting, "=")
 		fmt.Fprintf(&b, "export %s=%s\n", name, quoted(value))
 	}
-	fmt.Fprintf(&b, "export PATH=%s:\"$PATH\"\n", quoted(filepath.Dir(s.program("worker"))))
+	fmt.Fprintf(&b, "export PATH=%s:\"$PATH\"\n", quoted(filepath.Dir(s.program())))
 	return os.WriteFile(s.environmentFile(), []byte(b.String()), 0o600)
 }
 

@@ -88,7 +88,7 @@ func (t *tour) importFromGo(ctx context.Context) error {
 func (t *tour) importFromCommandLine(ctx context.Context) error {
 	payload := `{"source": "file:///seattle-weather.csv", "table": "seattle_weather_again", "mode": "replace"}`
 	t.say("$ worker enqueue csv:import %s --max-retry 0 --wait", quoted(payload))
-	cmd := exec.Command(t.stack.program("worker"), "enqueue", "csv:import", payload, "--max-retry", "0", "--wait")
+	cmd := exec.Command(t.stack.program(), "enqueue", "csv:import", payload, "--max-retry", "0", "--wait")
 	cmd.Env = t.stack.environ()
 	var printed bytes.Buffer
 	runErr := runToEnd(ctx, cmd, io.MultiWriter(&printed, &indent{out: t.out}))
@@ -209,8 +209,8 @@ func (t *tour) enqueue(ctx context.Context, p tasks.Payload) error {
 	if err != nil {
 		return err
 	}
-	result, waitErr := t.client.Wait(ctx, info.Queue, info.ID, func(state asynq.TaskState, result []byte) {
-		t.say("%s", strings.TrimSpace(fmt.Sprintf("… %s %s", state, result)))
+	result, waitErr := t.client.Wait(ctx, info.Queue, info.ID, func(job *tasks.Info) {
+		t.say("%s", strings.TrimSpace(fmt.Sprintf("… %s %s", job.State, job.Result)))
 	})
 	if len(result) > 0 {
 		t.say("result: %s", result)

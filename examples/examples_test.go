@@ -39,7 +39,11 @@ func TestExamples_CommitOneJobAndRollBackAnother(t *testing.T) {
 			t.Parallel()
 			program := example.program(t)
 			kit := taskstest.New(t)
-			if err := tasks.RecordKinds(t.Context(), kit.DB, tasks.NewSet(new(builtin.Tasks))); err != nil {
+			kinds, err := tasks.NewSet(new(builtin.Tasks))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := tasks.RecordKinds(t.Context(), kit.DB, kinds); err != nil {
 				t.Fatal(err)
 			}
 			out := run(t, producer(t, kit), program, example.args...)

@@ -1,74 +1,52 @@
-package main
+package monitor
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"io"
-	"log/slog"
-	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/url"
 	"strings"
-	"sync"
 	"testing"
-	"time"
 
 	"github.com/hibiken/asynq"
+	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/internal/testservers"
 	"github.com/carpool-go/carpool/tasks"
 )
 
-func TestMain(m *testing.M) { testservers.Main(m) }
+func TestMain(m *testing.M) {
+	redis.SetLogger(quiet{})
+	testservers.Main(m)
+}
 
-// start runs the monitor on a free port until the test ends and returns its
-// address.
-func start(t *testing.T, cfg config) string {
+// quiet drops what go-redis says of connections that it replaces.
+type quiet struct{}
+
+func (quiet) Printf(context.Context, string, ...any) {}
+
+// open opens a client of the Redis at url until the test ends.
+func open(t *testing.T, url string) redis.UniversalClient {
 	t.Helper()
-	if cfg.RedisURL == "" {
-		cfg.RedisURL = testservers.Redis(t)
+	rdb, err := tasks.OpenRedis(url)
+	if err != nil {
+		t.Fatal(err)
 	}
-	cfg.Addr, cfg.User = "127.0.0.1:0", "carpool"
-	log := &logLines{lines: make(chan string, 100)}
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- run(ctx, cfg, slog.New(slog.NewJSONHandler(log, nil))) }()
-	t.Cleanup(func() {
-		http.DefaultClient.CloseIdleConnections()
-		cancel()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-	})
-	for {
-		select {
-		case line := <-log.lines:
-			var r struct{ URL string }
-			if json.Unmarshal([]byte(line), &r) == nil && r.URL != "" {
-				return r.URL
-			}
-		case err := <-done:
-			done <- nil
-			t.Fatal(err)
-		case <-time.After(time.Minute):
-			t.Fatal("the monitor does not start")
-		}
-	}
+	t.Cleanup(func() { _ = rdb.Close() })
+	return rdb
 }
 
-type logLines struct {
-	mu    sync.Mutex
-	lines chan string
-}
-
-func (l *logLines) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for line := range bytes.Lines(p) {
-		l.lines <- string(line)
+// serve serves a monitor until the test ends and returns its address.
+func serve(t *testing.T, cfg Config) string {
+	t.Helper()
+	if cfg.Redis == nil {
+		cfg.Redis = open(t, testservers.Redis(t))
 	}
-	return len(p), nil
+	cfg.User = "carpool"
+	server := httptest.NewServer(New(cfg))
+	t.Cleanup(server.Close)
+	return server.URL
 }
 
 func ask(t *testing.T, method, url string, change func(*http.Request)) (int, string) {
@@ -92,13 +70,8 @@ func ask(t *testing.T, method, url string, change func(*http.Request)) (int, str
 	return resp.StatusCode, string(body)
 }
 
-func enqueue(t *testing.T, redisURL string) *asynq.TaskInfo {
+func enqueue(t *testing.T, rdb redis.UniversalClient) *asynq.TaskInfo {
 	t.Helper()
-	rdb, err := tasks.OpenRedis(redisURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer rdb.Close()
 	info, err := asynq.NewClientFromRedisClient(rdb).EnqueueContext(t.Context(),
 		asynq.NewTask("csv:import", []byte(`{"source":"https://example.com/s3cr3t","deep":{"s3cr3t":1}}`)))
 	if err != nil {
@@ -109,9 +82,9 @@ func enqueue(t *testing.T, redisURL string) *asynq.TaskInfo {
 
 func TestMonitor_ShowsQueuesAndOnlyTheNamesOfAPayloadsFields(t *testing.T) {
 	t.Parallel()
-	redisURL := testservers.Redis(t)
-	info := enqueue(t, redisURL)
-	at := start(t, config{RedisURL: redisURL})
+	rdb := open(t, testservers.Redis(t))
+	info := enqueue(t, rdb)
+	at := serve(t, Config{Redis: rdb})
 	if code, page := ask(t, "GET", at, nil); code != 200 || !strings.Contains(page, "<html") {
 		t.Errorf("the first page: %d\n%.300s", code, page)
 	}
@@ -119,15 +92,15 @@ func TestMonitor_ShowsQueuesAndOnlyTheNamesOfAPayloadsFields(t *testing.T) {
 	if code != 200 || !strings.Contains(page, "csv:import") || !strings.Contains(page, "source") || strings.Contains(page, "s3cr3t") {
 		t.Errorf("a task's page: %d\n%s", code, page)
 	}
-	at = start(t, config{RedisURL: redisURL, ShowPayloads: true})
+	at = serve(t, Config{Redis: rdb, ShowPayloads: true})
 	if _, page := ask(t, "GET", at+"/api/queues/default/tasks/"+info.ID, nil); !strings.Contains(page, "s3cr3t") {
-		t.Errorf("with MONITOR_SHOW_PAYLOADS:\n%s", page)
+		t.Errorf("with ShowPayloads:\n%s", page)
 	}
 }
 
 func TestMonitor_WithAPasswordNothingIsShownWithoutIt(t *testing.T) {
 	t.Parallel()
-	at := start(t, config{Password: "open sesame"})
+	at := serve(t, Config{Password: "open sesame"})
 	for name, change := range map[string]func(*http.Request){
 		"no login":       nil,
 		"wrong password": func(r *http.Request) { r.SetBasicAuth("carpool", "open") },
@@ -147,9 +120,9 @@ func TestMonitor_WithAPasswordNothingIsShownWithoutIt(t *testing.T) {
 
 func TestMonitor_OtherWebPagesCanNeitherReadNorAct(t *testing.T) {
 	t.Parallel()
-	redisURL := testservers.Redis(t)
-	info := enqueue(t, redisURL)
-	at := start(t, config{RedisURL: redisURL})
+	rdb := open(t, testservers.Redis(t))
+	info := enqueue(t, rdb)
+	at := serve(t, Config{Redis: rdb})
 	if code, _ := ask(t, "GET", at+"/api/queues", func(r *http.Request) { r.Host = "evil.example" }); code != http.StatusForbidden {
 		t.Errorf("under another name it answers %d", code)
 	}
@@ -164,15 +137,15 @@ func TestMonitor_OtherWebPagesCanNeitherReadNorAct(t *testing.T) {
 	if code, _ := ask(t, "POST", archive, func(r *http.Request) { r.Header.Set("Origin", "http://"+u.Host) }); code >= 300 {
 		t.Errorf("a request from its own page answers %d", code)
 	}
-	at = start(t, config{RedisURL: redisURL, ReadOnly: true})
+	at = serve(t, Config{Redis: rdb, ReadOnly: true})
 	if code, _ := ask(t, "DELETE", at+"/api/queues/default/archived_tasks/"+info.ID, nil); code < 400 {
-		t.Errorf("with MONITOR_READ_ONLY a deletion answers %d", code)
+		t.Errorf("with ReadOnly a deletion answers %d", code)
 	}
 }
 
-func TestMonitor_StartsAndStopsWithoutRedis(t *testing.T) {
+func TestMonitor_IsThereWithoutRedis(t *testing.T) {
 	t.Parallel()
-	at := start(t, config{RedisURL: "redis://127.0.0.1:1"})
+	at := serve(t, Config{Redis: open(t, "redis://127.0.0.1:1")})
 	if code, _ := ask(t, "GET", at, nil); code != 200 {
 		t.Errorf("the first page: %d", code)
 	}
@@ -181,28 +154,14 @@ func TestMonitor_StartsAndStopsWithoutRedis(t *testing.T) {
 	}
 }
 
-func TestConfig_EveryFaultIsNamedAndAnOpenAddressNeedsAPassword(t *testing.T) {
+func TestIsLoopback_IsTrueOfNothingThatOthersReach(t *testing.T) {
 	t.Parallel()
-	err := (&config{Addr: "0.0.0.0:80"}).validate()
-	if err == nil || !strings.Contains(err.Error(), "REDIS_URL is not set") || !strings.Contains(err.Error(), "MONITOR_PASSWORD is not set") {
-		t.Errorf("error %v", err)
-	}
-	err = (&config{RedisURL: "redis://:hush@h", Addr: "8080", Password: "hush"}).validate()
-	if err == nil || strings.Count(err.Error(), "set the variable instead") != 2 || !strings.Contains(err.Error(), "not host:port") || strings.Contains(err.Error(), "hush") {
-		t.Errorf("error %v", err)
-	}
-	for _, addr := range []string{"127.0.0.1:0", "localhost:0", "[::1]:0"} {
-		if err := (&config{RedisURL: "redis://h", Addr: addr}).validate(); err != nil {
-			t.Errorf("%s: %v", addr, err)
+	for host, want := range map[string]bool{
+		"127.0.0.1": true, "127.8.8.8": true, "::1": true, "localhost": true,
+		"": false, "0.0.0.0": false, "::": false, "10.0.0.1": false, "example.com": false, "localhost.example.com": false,
+	} {
+		if got := IsLoopback(host); got != want {
+			t.Errorf("IsLoopback(%q) is %t", host, got)
 		}
-	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	cfg := config{RedisURL: "redis://127.0.0.1:1", Addr: l.Addr().String()}
-	if err := run(t.Context(), cfg, slog.New(slog.DiscardHandler)); err == nil || !strings.Contains(err.Error(), "MONITOR_ADDR: ") {
-		t.Errorf("an address that is taken: %v", err)
 	}
 }

@@ -1,4 +1,4 @@
-package main
+package monitor
 
 import (
 	"bytes"
@@ -11,8 +11,7 @@ import (
 
 // protect puts in front of asynqmon, which has neither, a login and a guard
 // against other web pages that the reader has open.
-func protect(pages http.Handler, cfg config) http.Handler {
-	listens, _, _ := net.SplitHostPort(cfg.Addr)
+func protect(pages http.Handler, cfg Config) http.Handler {
 	guarded := http.NewCrossOriginProtection().Handler(pages)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()
@@ -22,7 +21,7 @@ func protect(pages http.Handler, cfg config) http.Handler {
 		if cfg.Password == "" {
 			// A page elsewhere can point its own name at this address, and read
 			// what is answered. The browser then sends that name.
-			if host := hostOf(r.Host); !isLoopback(host) && host != listens {
+			if host := hostOf(r.Host); !IsLoopback(host) && host != cfg.Host {
 				http.Error(w, "this name is not known here; open the address that the monitor listens on", http.StatusForbidden)
 				return
 			}
@@ -36,7 +35,7 @@ func protect(pages http.Handler, cfg config) http.Handler {
 }
 
 // admits compares in constant time, lengths included.
-func (c *config) admits(r *http.Request) bool {
+func (c Config) admits(r *http.Request) bool {
 	user, password, _ := r.BasicAuth()
 	return same(user, c.User)&same(password, c.Password) == 1
 }
@@ -53,17 +52,9 @@ func hostOf(hostPort string) string {
 	return hostPort
 }
 
-func isLoopback(host string) bool {
-	if host == "localhost" {
-		return true
-	}
-	ip := net.ParseIP(host)
-	return ip != nil && ip.IsLoopback()
-}
-
 // shown is a payload or result as the page shows it. Its values may be personal
 // or secret, so by default only the names of the fields are shown.
-func (c *config) shown(data []byte) string {
+func (c Config) shown(data []byte) string {
 	if c.ShowPayloads || len(data) == 0 {
 		return string(data)
 	}

@@ -8,8 +8,8 @@ import (
 // guardKey is the key of a context's [Guard].
 type guardKey struct{}
 
-// NewContext returns a context that carries g to [Client]. The worker gives one to
-// every job; a nil g allows public addresses only.
+// NewContext returns a context that carries g to [Client]; a nil g allows public addresses
+// only. A worker gives such a context to every job.
 func NewContext(ctx context.Context, g *Guard) context.Context {
 	return context.WithValue(ctx, guardKey{}, g)
 }

@@ -25,18 +25,20 @@ import (
 	"time"
 )
 
-// Guard decides which addresses may be called. A nil Guard allows public ones
-// only. It may be used by several goroutines at once.
+// Guard decides which addresses may be called. The zero Guard, and a nil one, allow public
+// addresses only. It is safe for concurrent use.
 type Guard struct {
 	hosts    map[string]bool // lower case, without a final dot
 	networks []netip.Prefix
 	resolver *net.Resolver // nil: the system's
 }
 
-// New makes a Guard that allows, beside public addresses, those in allow: a
-// comma-separated list of IP addresses, CIDRs, and names of hosts. A name
-// stands for itself, not for names below it, and may resolve to any address.
+// New returns a Guard that allows, beside public addresses, those in allow: a
+// comma-separated list of IP addresses, CIDRs, and names of hosts; "" is none. A name
+// stands for itself alone, without the names below it, and may resolve to any address.
 // The error names every entry that is none of these.
+//
+// A worker makes its guard with it; a handler has that one from [Client].
 func New(allow string) (*Guard, error) {
 	g := &Guard{hosts: make(map[string]bool)}
 	var faults []error
@@ -115,7 +117,7 @@ func checkHost(host string) error {
 	return nil
 }
 
-// BlockedError is a call that a Guard refused. To try again is of no use.
+// BlockedError is the error for a call that a [Guard] refused, and will refuse again.
 type BlockedError struct {
 	// Addr is the address that would have been called. It is invalid if a
 	// redirect was refused for another reason.
@@ -125,6 +127,7 @@ type BlockedError struct {
 	Reason string
 }
 
+// Error returns the address and the reason, without the URL.
 func (e *BlockedError) Error() string {
 	if !e.Addr.IsValid() {
 		return "outbound: " + e.Reason
@@ -139,13 +142,13 @@ const (
 	maxRedirects  = 5
 )
 
-// Client returns a client of the caller's own that the guard's rules hold for;
-// what they forbid is a [BlockedError]. Each request gets a connection of its
+// Client returns an HTTP client, of the caller's own, that calls what the guard allows; for
+// other addresses its error wraps a [BlockedError]. Each request gets a connection of its
 // own, closed with the response, so that no job meets one that another left
-// behind. Connecting, the TLS handshake and the wait for the response's header
-// are bounded; the whole is bounded by the request's context, and the size of
-// the body by its reader. Proxies in the environment are not used: behind one,
-// the address that is called would not be known.
+// behind. Connecting and the TLS handshake are bounded by 10 s each, the wait for the
+// response's header by a minute, the whole by the request's context, and the size of
+// the body by its reader. Proxies in the environment are left out, because behind one
+// the address that is called is unknown.
 //
 // Up to five redirects are followed, but not from https to http. To follow none,
 // set the client's CheckRedirect.

@@ -10,8 +10,8 @@ import (
 	"github.com/robfig/cron/v3"
 )
 
-// Schedule is when an entry runs: a cron expression in a time zone. The zero
-// value has no ticks; [ParseSchedule] makes one.
+// Schedule is when an entry runs: a cron expression in a time zone. Each time at
+// which it does is a tick. The zero value has none; [ParseSchedule] makes one.
 //
 // Where the clocks change, an entry whose hours are named, such as "30 2 * * *",
 // runs once for each time of day that it names: one that is skipped runs when the
@@ -36,10 +36,11 @@ const everyMax = 5 * 366 * 24 * time.Hour
 
 // ParseSchedule reads a cron expression: five fields, @hourly, @daily, @weekly,
 // @monthly, @yearly, or @every with a time such as 90s or 1h30m; and an IANA time
-// zone, "" being UTC. The ticks of @every are the multiples of its time since
-// 1970 in UTC, so that all who reckon get the same.
+// zone, "" being UTC. The time of @every is in whole seconds, from 1s to five years;
+// its ticks are its multiples since 1970 in UTC, so that all who reckon get the same.
 //
-// The error begins with "cron: " or "time_zone: ".
+// The error begins with "cron: " or "time_zone: ", names what is wrong, and says what
+// would be right.
 func ParseSchedule(expression, zone string) (Schedule, error) {
 	location, err := parseZone(zone)
 	if err != nil {
@@ -102,10 +103,6 @@ func (s Schedule) everyHour() bool {
 
 // Next returns the first tick after t, in UTC, or the zero time if there is none
 // within five years.
-//
-// It goes through the stretches of time during which the zone's offset from UTC
-// does not change. Within one, the clock on the wall is a constant away from UTC,
-// and the cron expression is asked about that clock.
 func (s Schedule) Next(t time.Time) time.Time {
 	switch {
 	case s.every > 0:
@@ -118,6 +115,9 @@ func (s Schedule) Next(t time.Time) time.Time {
 	case s.spec == nil:
 		return time.Time{}
 	}
+	// The loop goes through the stretches of time during which the zone's offset
+	// from UTC does not change. Within one, the clock on the wall is a constant away
+	// from UTC, and the cron expression is asked about that clock.
 	from := t.UTC().Truncate(time.Second).Add(time.Second)
 	for {
 		start, end := from.In(s.zone).ZoneBounds()

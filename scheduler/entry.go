@@ -14,16 +14,19 @@ import (
 	"github.com/carpool-go/carpool/tasks"
 )
 
-// Entry is one thing that is run by the clock: a job, and when it is enqueued.
+// Entry is one thing that is run by the clock: a job, and when it is enqueued. Its
+// zero value is not valid, as Name, Cron and Payload are required.
 type Entry struct {
-	// Name is the entry's own: 1 to 100 letters, digits, or _ . : -
+	// Name is unique among all entries, and part of the ids of its jobs: 1 to 100
+	// letters, digits, or _ . : -
 	Name string
 	// Cron and TimeZone are as [ParseSchedule] takes them.
 	Cron, TimeZone string
 	// Payload is the job's, and decides its kind.
 	Payload tasks.Payload
 	// Options override the kind's own for the entry's jobs; zero values don't.
-	// Isolation is the kind's alone.
+	// Timeout is from 1 s to 30 days, Retention from 1 s to 366 days. Isolation
+	// must be left out, because it belongs to the kind.
 	Options tasks.Options
 	// Missed says what becomes of ticks that nobody was there for; "" is
 	// [MissedOnce].
@@ -34,7 +37,8 @@ type Entry struct {
 }
 
 // Missed is what becomes of ticks that are found more than ten seconds late,
-// since no worker ran, or Postgres was away.
+// because no worker ran, or Postgres was away. Those of more than five years ago are
+// left out, whatever the policy.
 type Missed string
 
 const (
@@ -62,8 +66,9 @@ const (
 
 var entryName = regexp.MustCompile(`^[A-Za-z0-9_.:-]{1,100}$`)
 
-// Validate reports what is wrong with the entry, beginning with the name of the
-// field as it is called in carpool.schedules.
+// Validate reports the first thing that is wrong with the entry. The error begins
+// with the name of the field as it is called in carpool.schedules. Whether a worker
+// knows the kind, it can't tell.
 func (e Entry) Validate() error {
 	if !entryName.MatchString(e.Name) {
 		return fmt.Errorf("name: %.100q is not made of 1 to 100 letters, digits, or _ . : -", e.Name)

@@ -30,11 +30,7 @@ func (b *bench) member(t *testing.T, databaseURL string, skew time.Duration, loc
 	cfg.DB = newPool(t, databaseURL)
 	cfg.locked = locked
 	cfg.clock = fmt.Sprintf("(SELECT at + interval '%d milliseconds' FROM test_clock)", skew.Milliseconds())
-	s, err := Start(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &member{s, cfg.DB}
+	return &member{start(t, cfg), cfg.DB}
 }
 
 func (m *member) stop() {
@@ -311,11 +307,7 @@ func TestFleet_AChangeIsTakenUpWithinSeconds(t *testing.T) {
 	b := newBench(t)
 	cfg := b.config()
 	cfg.clock, cfg.lookEvery = "", 0
-	s, err := Start(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer s.Stop()
+	start(t, cfg)
 	if err := Add(t.Context(), b.DB, Entry{Name: "a", Cron: "@every 1s", Payload: Ping{To: "a"}}, false); err != nil {
 		t.Fatal(err)
 	}

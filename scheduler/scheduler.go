@@ -1,5 +1,15 @@
-// Package scheduler runs what goes by the clock. Every instance runs one; which
-// of them enqueues a tick is decided, for each tick once, by a row in Postgres.
+// Package scheduler enqueues jobs by the clock.
+//
+// An [Entry] is a job and when it is due, by a cron expression in a time zone. Some
+// entries come with the program; others are added while it runs, to the table
+// carpool.schedules. The package is for both: for a program that writes its entries
+// down, and for one that manages the table with [Add], [List], [SetEnabled],
+// [Remove] and [RunNow], as the command line does.
+//
+// A [Scheduler] is a part of a worker, which starts one by itself. Every instance
+// has one; which of them enqueues a tick is decided, for each tick once, by a row in
+// Postgres. What becomes of ticks that nobody was there for, and of those whose
+// previous job still runs, is the entry's to say: see [Missed] and [Overlap].
 package scheduler
 
 import (
@@ -15,7 +25,6 @@ import (
 	"github.com/carpool-go/carpool/dbpool"
 	"github.com/carpool-go/carpool/internal/wait"
 	"github.com/carpool-go/carpool/tasks"
-	"github.com/carpool-go/carpool/tasks/maintenance"
 )
 
 // Config is what a [Scheduler] works with. All fields but Entries are required.
@@ -23,23 +32,18 @@ type Config struct {
 	// DB has the entries, how far each is, and the outbox to which their jobs
 	// go.
 	DB *dbpool.Pool
-	// Tasks are the kinds that this program knows.
+	// Redis is asked whether jobs have ended, and is told what asynqmon's page
+	// shows.
+	Redis redis.UniversalClient
+	// Tasks are the kinds that this program knows. Entries of other kinds are left
+	// to the other instances.
 	Tasks *tasks.Set
 	// Entries are those that the program brings along. They are written to
 	// carpool.schedules at the start, unless the table has another entry of the
 	// same name, which then counts.
 	Entries []Entry
-	// Redis is asked whether jobs have ended, and is told what asynqmon's page
-	// shows.
-	Redis redis.UniversalClient
-
-	Client *tasks.Client
-	// Queue is the instance's own queue, from which only it pulls.
-	Queue string
-	// ValidateEvery is the time between two validations of the instance's
-	// pool.
-	ValidateEvery time.Duration
-	Log           *slog.Logger
+	// Log gets what can't be run, what was left out, and when Postgres is away.
+	Log *slog.Logger
 
 	// For tests: the clock in SQL, the longest time between two looks at it, and
 	// what is called while an entry's row is locked.
@@ -48,39 +52,27 @@ type Config struct {
 	locked    func(ctx context.Context, entry string)
 }
 
-// Scheduler enqueues the entries of carpool.schedules, together with those of
-// the other instances; and pool:validate for its own instance, on the instance's
-// own queue: a job on a shared queue would validate whichever pool took it.
+// Scheduler enqueues what is due of the entries of carpool.schedules, together with
+// those of the other instances. [New] makes one.
 type Scheduler struct {
-	cfg       Config
-	code      map[string]definition
+	cfg     Config
+	code    map[string]definition // the program's own entries, by name
+	page    *page
+	cancel  context.CancelFunc // nil before Start
+	running sync.WaitGroup
+
+	// What follows belongs to the goroutine that looks.
 	read      map[string]readEntry // by name
 	outage    outage
-	page      *page
 	redisAway error // what Redis said in this look, if it can't be asked
-	cancel    context.CancelFunc
-	done      sync.WaitGroup
 }
 
-// Start starts a scheduler; [Scheduler.Stop] ends it. The first validation is
-// due at once. The error names the entry and the field that are wrong; servers
-// that are away are none, they are waited for.
-func Start(cfg Config) (*Scheduler, error) {
-	s, err := prepare(cfg)
-	if err != nil {
-		return nil, err
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	s.cancel = cancel
-	s.done.Go(func() { s.validateOwnPool(ctx) })
-	s.done.Go(func() { s.goByTheClock(ctx) })
-	s.done.Go(func() { s.page.run(ctx) })
-	return s, nil
-}
-
-func prepare(cfg Config) (*Scheduler, error) {
-	if cfg.DB == nil || cfg.Tasks == nil || cfg.Redis == nil || cfg.Client == nil || cfg.Queue == "" || cfg.ValidateEvery <= 0 || cfg.Log == nil {
-		return nil, errors.New("scheduler: DB, Tasks, Redis, Client, Queue, ValidateEvery and Log must be set")
+// New returns a scheduler that [Scheduler.Start] starts. Its error says which fields
+// of cfg must be set, or names the entry that is wrong and the field of it; an entry
+// whose kind cfg.Tasks doesn't have is wrong too.
+func New(cfg Config) (*Scheduler, error) {
+	if cfg.DB == nil || cfg.Tasks == nil || cfg.Redis == nil || cfg.Log == nil {
+		return nil, errors.New("scheduler: DB, Tasks, Redis and Log must be set")
 	}
 	code := make(map[string]definition, len(cfg.Entries))
 	for _, e := range cfg.Entries {
@@ -107,46 +99,30 @@ func prepare(cfg Config) (*Scheduler, error) {
 	}
 	return &Scheduler{
 		cfg: cfg, code: code,
+		page:   newPage(cfg.Redis, cfg.Log),
 		read:   make(map[string]readEntry),
 		outage: outage{log: cfg.Log},
-		page:   newPage(cfg.Redis, cfg.Log),
 	}, nil
 }
 
-// Stop ends the scheduler and waits until it has. Stopping twice is safe.
-func (s *Scheduler) Stop() {
-	s.cancel()
-	s.done.Wait()
-}
-
-func (s *Scheduler) validateOwnPool(ctx context.Context) {
-	tick := time.NewTicker(s.cfg.ValidateEvery)
-	defer tick.Stop()
-	for {
-		if err := s.validate(ctx); err != nil && ctx.Err() == nil {
-			s.cfg.Log.Warn("the pool's validation could not be enqueued; the next tick tries again", "error", err)
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
-	}
-}
-
-// validate enqueues one validation. While the last one has not been run, the
-// unique key keeps further ones from piling up behind it.
-func (s *Scheduler) validate(ctx context.Context) error {
-	_, err := s.cfg.Client.Enqueue(ctx, maintenance.PoolValidate{}, &tasks.EnqueueOptions{
-		Queue: s.cfg.Queue, UniqueKey: s.cfg.Queue,
-	})
-	if _, duplicate := errors.AsType[*tasks.DuplicateError](err); duplicate {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("scheduler: %w", err)
-	}
+// Start begins to enqueue what is due, until [Scheduler.Stop]. A server that is
+// away is no error: it is waited for. The error is always nil.
+func (s *Scheduler) Start() error {
+	ctx, cancel := context.WithCancel(context.Background())
+	s.cancel = cancel
+	s.running.Go(func() { s.goByTheClock(ctx) })
+	s.running.Go(func() { s.page.run(ctx) })
 	return nil
+}
+
+// Stop ends the scheduler and waits until it has ended. A tick that is under way is
+// enqueued or not, as Postgres decides, and not lost: the next look of any instance
+// finds it. Stop may be called twice, and without Start.
+func (s *Scheduler) Stop() {
+	if s.cancel != nil {
+		s.cancel()
+	}
+	s.running.Wait()
 }
 
 const (
@@ -157,6 +133,8 @@ const (
 	lookTimeout = 15 * time.Second
 )
 
+// goByTheClock writes the program's entries to the table, as soon as Postgres takes
+// them, and looks at the table until ctx ends.
 func (s *Scheduler) goByTheClock(ctx context.Context) {
 	registered := false
 	for ctx.Err() == nil {

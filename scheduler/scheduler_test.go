@@ -96,8 +96,7 @@ func (b *bench) exec(t *testing.T, sql string, args ...any) {
 
 func (b *bench) config(entries ...Entry) Config {
 	return Config{
-		DB: b.DB, Tasks: pings(), Entries: entries, Redis: b.rdb, Client: b.Client,
-		Queue: "instance-a", ValidateEvery: time.Hour, Log: slog.New(slog.NewTextHandler(b.log, nil)),
+		DB: b.DB, Tasks: pings(), Entries: entries, Redis: b.rdb, Log: slog.New(slog.NewTextHandler(b.log, nil)),
 		clock: "(SELECT at FROM test_clock)", lookEvery: time.Millisecond,
 	}
 }
@@ -105,11 +104,25 @@ func (b *bench) config(entries ...Entry) Config {
 // scheduler returns one that looks when the test says so.
 func (b *bench) scheduler(t *testing.T, entries ...Entry) *Scheduler {
 	t.Helper()
-	s, err := prepare(b.config(entries...))
+	s, err := New(b.config(entries...))
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := s.register(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// start starts a scheduler that looks by itself.
+func start(t *testing.T, cfg Config) *Scheduler {
+	t.Helper()
+	s, err := New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Stop)
+	if err := s.Start(); err != nil {
 		t.Fatal(err)
 	}
 	return s
@@ -228,38 +241,25 @@ func eventually(t *testing.T, what string, holds func() bool) {
 	}
 }
 
-func TestScheduler_ValidationsDoNotPileUpOnAQueueThatNobodyServes(t *testing.T) {
+func TestScheduler_StopMayBeCalledTwiceAndWithoutStart(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)
-	cfg := b.config()
-	cfg.ValidateEvery = time.Millisecond
-	s, err := Start(cfg)
+	s, err := New(b.config())
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer s.Stop()
-	// Many ticks go by; the queue shows that only the first was enqueued.
-	seen := 0
-	eventually(t, "the scheduler ticks", func() bool {
-		if b.rdb.Get(t.Context(), "carpool:unique:13:pool:validate:instance-a").Err() == nil {
-			seen++
-		}
-		return seen >= 50
-	})
-	pending, err := b.inspector.ListPendingTasks("instance-a")
-	if err != nil {
+	s.Stop()
+	if err := s.Start(); err != nil {
 		t.Fatal(err)
 	}
-	if len(pending) != 1 || pending[0].Type != "pool:validate" {
-		t.Errorf("%d jobs wait on the instance's queue, want one", len(pending))
-	}
-	s.Stop() // twice is safe
+	s.Stop()
+	s.Stop()
 }
 
-func TestStart_SaysWhatIsMissingOrWrong(t *testing.T) {
+func TestNew_SaysWhatIsMissingOrWrong(t *testing.T) {
 	t.Parallel()
-	if _, err := Start(Config{}); err == nil {
-		t.Error("an empty Config starts a scheduler")
+	if _, err := New(Config{}); err == nil {
+		t.Error("an empty Config makes a scheduler")
 	}
 	b := newBench(t)
 	good := Entry{Name: "a", Cron: "@daily", Payload: Ping{To: "a"}}
@@ -278,11 +278,11 @@ func TestStart_SaysWhatIsMissingOrWrong(t *testing.T) {
 	} {
 		e := good
 		spoil(&e)
-		if _, err := Start(b.config(e)); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := New(b.config(e)); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v, want %q in it", err, want)
 		}
 	}
-	if _, err := Start(b.config(good, good)); err == nil || !strings.Contains(err.Error(), `"a"`) {
+	if _, err := New(b.config(good, good)); err == nil || !strings.Contains(err.Error(), `"a"`) {
 		t.Errorf("two entries of one name: %v", err)
 	}
 }
@@ -634,7 +634,7 @@ func TestCode_WhatAnInstanceDoesNotKnowIsLeftToTheOthers(t *testing.T) {
 	b.exec(t, `INSERT INTO carpool.schedules (name, cron, kind, payload) VALUES ('b', '* * * * *', 'test:ping', '{"to": "b"}')`)
 	cfg := b.config()
 	cfg.Tasks = new(tasks.Set)
-	old, err := prepare(cfg)
+	old, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -656,7 +656,7 @@ func TestCode_WhatAnInstanceDoesNotKnowIsLeftToTheOthers(t *testing.T) {
 		t.Errorf("a kind that nobody knows: problem %q", problem)
 	}
 	look(t, withoutEntry)
-	if problem := b.status(t, "a").Problem; !strings.Contains(problem, "schedule rm") {
+	if problem := b.status(t, "a").Problem; !strings.HasSuffix(problem, "; the command schedule rm removes it") {
 		t.Errorf("an entry that is no more in the code: problem %q", problem)
 	}
 	look(t, next)
@@ -697,11 +697,7 @@ func TestPage_ShowsEntriesAndTheirHistory(t *testing.T) {
 		Entry{Name: "b", Cron: "30 2 * * *", TimeZone: "Europe/Berlin", Payload: Ping{To: "b"}})
 	cfg.clock, cfg.lookEvery = "", 0 // as it is
 	for range 2 {                    // which show each entry once
-		s, err := Start(cfg)
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(s.Stop)
+		start(t, cfg)
 	}
 	var entries []*asynq.SchedulerEntry
 	eventually(t, "the page shows the last run", func() bool {

@@ -15,9 +15,10 @@ import (
 )
 
 var (
-	// ErrExists is wrapped by the error for an entry whose name is taken.
+	// ErrExists is wrapped by the error of [Add] for an entry whose name is taken.
 	ErrExists = errors.New("there is an entry of this name already")
-	// ErrNotFound is wrapped by the error for an entry that there isn't.
+	// ErrNotFound is wrapped by the errors of [SetEnabled], [Remove] and [RunNow] for
+	// an entry that carpool.schedules doesn't have.
 	ErrNotFound = errors.New("there is no entry of this name")
 )
 
@@ -33,9 +34,10 @@ const (
 			excluded.timeout, excluded.retention, excluded.missed, excluded.overlap, 'table', NULL)`
 )
 
-// Add validates an entry and writes it to carpool.schedules; running workers
-// take it up within a second. With replace, it may take the place of another one
-// of its name, which stays enabled or disabled; without, that is [ErrExists].
+// Add validates an entry and writes it to carpool.schedules; running workers take it
+// up within a second. Where another entry has its name, Add puts this one in its place
+// if replace is true, enabled or disabled as that one was; else the error wraps
+// [ErrExists]. Any other error is that of [Entry.Validate], or of Postgres.
 func Add(ctx context.Context, db *dbpool.Pool, e Entry, replace bool) error {
 	if err := e.Validate(); err != nil {
 		return fmt.Errorf("scheduler: add: %w", err)
@@ -58,8 +60,9 @@ func Add(ctx context.Context, db *dbpool.Pool, e Entry, replace bool) error {
 	return nil
 }
 
-// SetEnabled enables or disables an entry. The ticks that pass while it is
-// disabled don't count as missed. The error wraps [ErrNotFound].
+// SetEnabled enables or disables an entry. The ticks that pass while it is disabled
+// don't count as missed. The error wraps [ErrNotFound] if there is no entry of this
+// name; any other is that of Postgres.
 func SetEnabled(ctx context.Context, db *dbpool.Pool, name string, enabled bool) error {
 	tag, err := db.Exec(ctx, "UPDATE carpool.schedules SET enabled = $2, problem = NULL WHERE name = $1", name, enabled)
 	if err == nil && tag.RowsAffected() == 0 {
@@ -71,8 +74,9 @@ func SetEnabled(ctx context.Context, db *dbpool.Pool, name string, enabled bool)
 	return nil
 }
 
-// Remove deletes an entry and returns its source, as in [Status]. One of the code
-// comes back when a worker starts that has it. The error wraps [ErrNotFound].
+// Remove deletes an entry and returns its source, as in [Status]. An entry of the code
+// comes back when a worker starts that has it. The error wraps [ErrNotFound] if there
+// is no entry of this name; any other is that of Postgres.
 func Remove(ctx context.Context, db *dbpool.Pool, name string) (source string, err error) {
 	err = db.QueryRow(ctx, "DELETE FROM carpool.schedules WHERE name = $1 RETURNING source", name).Scan(&source)
 	if errors.Is(err, pgx.ErrNoRows) {
@@ -84,9 +88,10 @@ func Remove(ctx context.Context, db *dbpool.Pool, name string) (source string, e
 	return source, nil
 }
 
-// RunNow enqueues the entry's job at once, enabled or not, and returns the job's
-// id. It is no tick: it changes nothing about those, and overlap does not count
-// it. The error wraps [ErrNotFound] if there is no entry of this name.
+// RunNow enqueues the entry's job at once, enabled or not, and returns the job's id.
+// This is no tick: the ticks go on as they would have, and the entry's overlap does not
+// count the job. The error wraps [ErrNotFound] if there is no entry of this name; any
+// other is that of Postgres.
 func RunNow(ctx context.Context, db *dbpool.Pool, name string) (id string, err error) {
 	failed := func(err error) (string, error) { return "", fmt.Errorf("scheduler: run %.100q: %w", name, err) }
 	v7, err := uuid.NewV7()
@@ -112,27 +117,34 @@ func RunNow(ctx context.Context, db *dbpool.Pool, name string) (id string, err e
 
 // Status is an entry as carpool.schedules has it, and how far it is.
 type Status struct {
-	Name     string  `json:"name"`
-	Cron     string  `json:"cron"`
-	TimeZone string  `json:"time_zone"`
-	Kind     string  `json:"kind"`
-	Queue    string  `json:"queue,omitempty"` // "": the kind's own
-	Missed   Missed  `json:"missed"`
-	Overlap  Overlap `json:"overlap"`
-	Enabled  bool    `json:"enabled"`
+	// Name, Cron, TimeZone, Missed and Overlap are as in [Entry]. Defaults are
+	// spelled out: the time zone, for one, is "UTC" and not "".
+	Name     string `json:"name"`
+	Cron     string `json:"cron"`
+	TimeZone string `json:"time_zone"`
+	// Kind is its jobs', and Queue theirs if it is not the kind's own, else "".
+	Kind    string  `json:"kind"`
+	Queue   string  `json:"queue,omitempty"`
+	Missed  Missed  `json:"missed"`
+	Overlap Overlap `json:"overlap"`
+	// Enabled is false for an entry that [SetEnabled] has disabled.
+	Enabled bool `json:"enabled"`
 	// Source is "code" for an entry that a program brings along, else "table".
 	Source string `json:"source"`
-	// LastTick is the last tick that was enqueued, and LastJob the job's id; zero
-	// if there was none.
+	// LastTick is the last tick that was enqueued, in UTC, and LastJob the job's
+	// id; zero if there was none.
 	LastTick time.Time `json:"last_tick,omitzero"`
 	LastJob  string    `json:"last_job,omitempty"`
-	// NextTick is zero for an entry that is disabled, or can't be read.
+	// NextTick is the first tick after now, in UTC; zero for an entry that is
+	// disabled, or can't be read.
 	NextTick time.Time `json:"next_tick,omitzero"`
-	// Problem is why the entry is not run; "" if nothing is known of any.
+	// Problem is why the entry is not run, as the workers found out; "" if nothing
+	// is known of any.
 	Problem string `json:"problem,omitempty"`
 }
 
-// List returns all entries by name.
+// List returns all entries by name, none if there is none. The error is that of
+// Postgres.
 func List(ctx context.Context, db *dbpool.Pool) ([]Status, error) {
 	query, err := db.Query(ctx, selectAll("clock_timestamp()"))
 	if err != nil {

@@ -14,7 +14,7 @@ import (
 	"github.com/jackc/pgx/v5/pgtype/zeronull"
 	"github.com/redis/go-redis/v9"
 
-	"github.com/carpool-go/carpool/internal/asynqkey"
+	"github.com/carpool-go/carpool/internal/asynqwire"
 	"github.com/carpool-go/carpool/internal/outbox"
 	"github.com/carpool-go/carpool/internal/pgtext"
 	"github.com/carpool-go/carpool/tasks"
@@ -281,7 +281,7 @@ func (s *Scheduler) unfinished(ctx context.Context, r *row) (bool, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	state, err := s.cfg.Redis.HGet(ctx, asynqkey.Task(*r.jobQueue, *r.jobID), "state").Result()
+	state, err := s.cfg.Redis.HGet(ctx, asynqwire.Task(*r.jobQueue, *r.jobID), "state").Result()
 	if errors.Is(err, redis.Nil) {
 		return false, nil
 	}

@@ -7,11 +7,14 @@ import (
 	"time"
 
 	"github.com/hibiken/asynq"
+
+	"github.com/carpool-go/carpool/internal/asynqwire"
+	"github.com/carpool-go/carpool/internal/wait"
 )
 
 var (
-	// ErrNoSuchJob is wrapped by the error for an id that no queue has. Jobs that
-	// have ended are forgotten, unless they are retained.
+	// ErrNoSuchJob is wrapped by the error of [Client.Get] and [Client.Cancel] for an id
+	// that is not in Redis. A job that is done is forgotten, unless it is retained.
 	ErrNoSuchJob = errors.New("there is no such job")
 	// ErrJobEnded is wrapped by the error of [Client.Cancel] for a job that has
 	// ended already.
@@ -23,22 +26,23 @@ const (
 	// cancelAgain is how often a running job is told; a worker that is just
 	// connecting to Redis doesn't hear it.
 	cancelAgain = time.Second
-	// parkedFor is how long a worker has to put a job away that asynq has parked:
-	// it knows whether that is done. One that stops takes 2 s at most.
-	parkedFor = 4 * time.Second
+	// finishWithin is how long a worker has to finish a cancelled job that asynq has
+	// parked: it knows whether that is done. One that stops takes 2 s at most.
+	finishWithin = 4 * time.Second
 )
 
-// Cancel cancels a job. One that waits is removed. One that runs has its context
-// cancelled, and when its handler has returned it is archived and not run again; if
-// the handler succeeds all the same, the job is done, and the error wraps [ErrJobEnded].
+// Cancel cancels a job, on whichever queue it is. A job that waits is removed. One that
+// runs has its context cancelled, and is archived when its handler has returned. Cancel
+// returns when that has happened, which takes as long as the handler does.
 //
-// It returns when that has happened, which takes as long as the handler does. The
-// other errors wrap [ErrNoSuchJob] or [ErrJobEnded], or are Redis'.
+// The error wraps [ErrNoSuchJob], or [ErrJobEnded] for a job that had ended before, or
+// whose handler succeeded all the same; or it is Redis', or the end of ctx. A job in the
+// outbox is not in Redis yet: the command cancel, and package admin, find it there too.
 func (c *Client) Cancel(ctx context.Context, id string) error {
 	var told, parked time.Time
 	running := false
 	for {
-		info, err := c.Find(ctx, id)
+		info, err := c.find(ctx, id)
 		if running && (errors.Is(err, ErrNoSuchJob) || err == nil && info.State == asynq.TaskStateCompleted) {
 			return fmt.Errorf("tasks: cancel job %s: %w: it has succeeded all the same", id, ErrJobEnded)
 		}
@@ -60,36 +64,36 @@ func (c *Client) Cancel(ctx context.Context, id string) error {
 			}
 			return fmt.Errorf("tasks: cancel job %s: %w: it is %s", id, ErrJobEnded, info.State)
 		default:
-			if running && time.Until(info.NextProcessAt) > 365*24*time.Hour {
-				// Its worker is about to put it away, if it still lives.
+			if running && asynqwire.IsCancelParked(info.NextProcessAt) {
+				// Its worker is about to finish it, if it still lives.
 				if parked.IsZero() {
 					parked = time.Now()
 				}
-				if time.Since(parked) > parkedFor {
+				if time.Since(parked) > finishWithin {
 					_ = c.inspector.ArchiveTask(info.Queue, id)
 				}
 				break
 			}
 			err := c.inspector.DeleteTask(info.Queue, id)
 			if err == nil {
-				return c.ReleaseUnique(ctx, id, info.Headers)
+				if err := c.locks.Release(ctx, id, info.Headers); err != nil {
+					return fmt.Errorf("tasks: cancel job %s: %w", id, err)
+				}
+				return nil
 			}
 			if !errors.Is(err, asynq.ErrTaskNotFound) && ctx.Err() != nil {
 				return fmt.Errorf("tasks: cancel job %s: %w", id, err)
 			}
 			// It has begun to run meanwhile.
 		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("tasks: cancel job %s: it still runs: %w", id, context.Cause(ctx))
-		case <-time.After(cancelCheck):
+		if err := wait.For(ctx, cancelCheck); err != nil {
+			return fmt.Errorf("tasks: cancel job %s: it still runs: %w", id, err)
 		}
 	}
 }
 
-// Find looks for a job on all queues. The error wraps [ErrNoSuchJob] if none has
-// it.
-func (c *Client) Find(ctx context.Context, id string) (*asynq.TaskInfo, error) {
+// find looks for a job on all queues. The error wraps [ErrNoSuchJob] if none has it.
+func (c *Client) find(ctx context.Context, id string) (*asynq.TaskInfo, error) {
 	queues, err := c.inspector.Queues()
 	if err != nil {
 		return nil, fmt.Errorf("list the queues: %w", err)

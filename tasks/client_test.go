@@ -12,9 +12,9 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/hibiken/asynq"
 
 	"github.com/carpool-go/carpool/internal/testservers"
+	"github.com/carpool-go/carpool/internal/unique"
 	"github.com/carpool-go/carpool/tasks"
 	"github.com/carpool-go/carpool/tasks/maintenance"
 	"github.com/carpool-go/carpool/tasks/taskstest"
@@ -48,7 +48,7 @@ func TestClient_EnqueueTakesTheKindsOptionsUnlessOverridden(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		got := summary{info.Queue, info.MaxRetry, info.Timeout - tasks.TimeoutGrace, info.Retention, info.State.String()}
+		got := summary{info.Queue, info.MaxRetry, info.Timeout, info.Retention, string(info.State)}
 		if diff := cmp.Diff(c.want, got); diff != "" {
 			t.Errorf("%s: (-want +got)\n%s", c.name, diff)
 		}
@@ -126,7 +126,7 @@ func TestClient_UniqueKeyOfAJobThatWasDeletedByHandIsTakenOver(t *testing.T) {
 	if dup, ok := errors.AsType[*tasks.DuplicateError](err); !ok || dup.ID != info.ID {
 		t.Errorf("error %v, want a DuplicateError that names %s", err, info.ID)
 	}
-	if err := kit.Client.ReleaseUnique(t.Context(), "another job", map[string]string{"carpool-unique": key}); err != nil {
+	if err := unique.NewLocks(rdb).Release(t.Context(), "another job", map[string]string{"carpool-unique": key}); err != nil {
 		t.Fatal(err)
 	}
 	if n := rdb.Exists(t.Context(), key).Val(); n != 1 {
@@ -143,8 +143,8 @@ func TestClient_WaitShowsProgressAndEndsWithItsContext(t *testing.T) {
 	}
 	stop := errors.New("enough")
 	ctx, cancel := context.WithCancelCause(t.Context())
-	_, err = kit.Client.Wait(ctx, info.Queue, info.ID, func(state asynq.TaskState, _ []byte) {
-		if state == asynq.TaskStatePending {
+	_, err = kit.Client.Wait(ctx, info.Queue, info.ID, func(job *tasks.Info) {
+		if job.State == tasks.StatePending {
 			cancel(stop)
 		}
 	})
@@ -171,7 +171,7 @@ func TestClient_WaitGoesOnWhileRedisIsAway(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, err = tasks.NewClient(rdb).Wait(t.Context(), info.Queue, info.ID, func(asynq.TaskState, []byte) {
+	_, err = tasks.NewClient(rdb).Wait(t.Context(), info.Queue, info.ID, func(*tasks.Info) {
 		proxy.Refuse()
 		proxy.Reset()
 		if err := kit.Client.Cancel(t.Context(), info.ID); err != nil {

@@ -8,11 +8,12 @@ import (
 	"github.com/hibiken/asynq"
 )
 
-// ErrUnknownKind is wrapped by the error for a kind that no task has.
+// ErrUnknownKind is wrapped by the error of [Set.Lookup] for a kind that is not
+// registered.
 var ErrUnknownKind = errors.New("unknown kind")
 
-// Permanent marks err as one that trying again can't mend: the job goes
-// straight to the archive, with err's text as the reason. Permanent(nil) is nil.
+// Permanent returns an error that wraps err and that another try can't mend: the job goes
+// to the archive at once, with err's text as the reason. Permanent(nil) is nil.
 func Permanent(err error) error {
 	if err == nil {
 		return nil
@@ -20,7 +21,8 @@ func Permanent(err error) error {
 	return &permanentError{err}
 }
 
-// IsPermanent reports whether err, or an error it wraps, came from [Permanent].
+// IsPermanent reports whether err is permanent, because it or an error it wraps came from
+// [Permanent]. It is for the tests of handlers.
 func IsPermanent(err error) bool {
 	_, ok := errors.AsType[*permanentError](err)
 	return ok
@@ -32,8 +34,8 @@ func (e *permanentError) Error() string   { return e.err.Error() }
 func (e *permanentError) Unwrap() error   { return e.err }
 func (e *permanentError) Is(t error) bool { return t == asynq.SkipRetry }
 
-// RetryAfter marks err as one to be tried again, no sooner than after d and
-// without the usual backoff. RetryAfter(d, nil) is nil.
+// RetryAfter returns an error that wraps err and has the job tried again after d, in place
+// of the usual backoff. It uses up a try. RetryAfter(d, nil) is nil.
 func RetryAfter(d time.Duration, err error) error {
 	if err == nil {
 		return nil
@@ -41,8 +43,9 @@ func RetryAfter(d time.Duration, err error) error {
 	return &retryAfterError{err, d}
 }
 
-// RetryDelay returns the delay that [RetryAfter] gave err, if it did.
-func RetryDelay(err error) (time.Duration, bool) {
+// RetryDelay returns the delay that [RetryAfter] has given err, or an error it wraps; ok
+// is false if none was given. It is for the tests of handlers.
+func RetryDelay(err error) (d time.Duration, ok bool) {
 	if e, ok := errors.AsType[*retryAfterError](err); ok {
 		return e.delay, true
 	}
@@ -57,14 +60,14 @@ type retryAfterError struct {
 func (e *retryAfterError) Error() string { return e.err.Error() }
 func (e *retryAfterError) Unwrap() error { return e.err }
 
-// Snooze is the error of a handler that wants to be run again after d, when
-// there is nothing to do yet. It uses up no try. The transaction of a [TxHandler]
-// is rolled back.
+// Snooze returns the error of a handler that has nothing to do yet and is to be run again
+// after d; a negative d counts as 0. It uses up no try. The transaction of a [TxHandler] is
+// rolled back.
 func Snooze(d time.Duration) error { return &snoozeError{max(0, d)} }
 
-// SnoozeDelay returns the time that err, from [Snooze], or an error that wraps
-// it, asks for.
-func SnoozeDelay(err error) (time.Duration, bool) {
+// SnoozeDelay returns the time that [Snooze] has given err, or an error it wraps; ok is
+// false if none was given. It is for the tests of handlers.
+func SnoozeDelay(err error) (d time.Duration, ok bool) {
 	if e, ok := errors.AsType[*snoozeError](err); ok {
 		return e.delay, true
 	}
@@ -75,23 +78,29 @@ type snoozeError struct{ delay time.Duration }
 
 func (e *snoozeError) Error() string { return fmt.Sprintf("snoozed for %s", e.delay) }
 
-// PayloadError is a payload that its kind can't take. It is permanent.
+// PayloadError is the error for a payload that its kind can't take. It is permanent.
 type PayloadError struct {
 	Kind string
-	Err  error
+	// Err is that of [Payload.Validate], or says where the JSON is wrong.
+	Err error
 }
 
+// Error returns the kind and what is wrong with the payload.
 func (e *PayloadError) Error() string { return fmt.Sprintf("%s payload: %v", e.Kind, e.Err) }
+
+// Unwrap returns Err.
 func (e *PayloadError) Unwrap() error { return e.Err }
 
-// DuplicateError is returned for a unique key that a job which has not ended
-// yet holds already.
+// DuplicateError is the error for a unique key that another job holds, which has not
+// ended yet.
 type DuplicateError struct {
+	// Key is the key as [EnqueueOptions.UniqueKey] has it.
 	Key string
 	// ID and Queue are the holder's.
 	ID, Queue string
 }
 
+// Error returns the key and its holder.
 func (e *DuplicateError) Error() string {
 	return fmt.Sprintf("tasks: unique key %q is held by job %s on queue %s", e.Key, e.ID, e.Queue)
 }

@@ -18,17 +18,18 @@ import (
 // returns the job's id. The job waits in carpool.outbox until a worker's relay
 // moves it to Redis, which needs milliseconds, or as long as Redis is away.
 //
-// It is done by the database alone: the client may be the zero [Client], which
-// has no Redis and can do nothing else. Without a transaction, a connection or a
-// pool in tx's place enqueues the job at once.
+// The database alone does it, so the client may be the zero [Client]. tx is a transaction
+// of pgx, or one of its connections or pools, which enqueue the job at once. The database
+// must have carpool's tables and know the payload's kind, from the command migrate or the
+// start of a worker that has it.
 //
-// A [EnqueueOptions.UniqueKey] is taken when the job is moved; if another job
-// holds it then, this one is dropped. An [EnqueueOptions.ID] is refused: the
+// An [EnqueueOptions.UniqueKey] is taken when the job is moved; if another job
+// holds it then, this one is dropped. An [EnqueueOptions.ID] is refused, because the
 // outbox makes the ids.
 //
-// The errors: a [PayloadError] for a payload that is not valid, which leaves tx
-// as it was; or what Postgres said, which aborts tx. What carpool.enqueue
-// refuses is a [pgconn.PgError] with the code 22023.
+// The error is a [PayloadError] for a payload that is not valid, or one for an ID, which
+// leave tx as it was; or Postgres', which aborts tx. What carpool.enqueue refuses is a
+// [pgconn.PgError] with the code 22023 ([pgerrcode.InvalidParameterValue]).
 func (c *Client) EnqueueTx(ctx context.Context, tx interface {
 	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
 }, p Payload, opts *EnqueueOptions,
@@ -63,7 +64,7 @@ func withHint(err error) error {
 	case !ok:
 		return err
 	case e.Code == pgerrcode.UndefinedFunction || e.Code == pgerrcode.InvalidSchemaName:
-		return fmt.Errorf("%w (the database lacks carpool's newest tables; run: worker migrate)", err)
+		return fmt.Errorf("%w (the database lacks carpool's newest tables; run the command migrate)", err)
 	case e.Hint != "":
 		return fmt.Errorf("%w (%s)", err, e.Hint)
 	}
@@ -76,8 +77,10 @@ const recordKindsSQL = `INSERT INTO carpool.kinds AS k (kind, fields, seen_at)
 	ON CONFLICT (kind) DO UPDATE SET fields = excluded.fields, seen_at = excluded.seen_at
 	WHERE k.fields IS DISTINCT FROM excluded.fields OR k.seen_at < now() - interval '1 hour'`
 
-// RecordKinds writes the set's kinds to carpool.kinds, from which
-// carpool.enqueue knows what it may take. Kinds that others wrote stay.
+// RecordKinds writes the set's kinds and their fields to carpool.kinds, by which the
+// database checks what [Client.EnqueueTx] and the function carpool.enqueue are given.
+// Kinds that others wrote stay. The error is the database's. A worker calls it at its
+// start, and the command migrate.
 func RecordKinds(ctx context.Context, db interface {
 	Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error)
 }, s *Set,

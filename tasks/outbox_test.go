@@ -194,7 +194,7 @@ func TestEnqueueTx_SaysWhatTheDatabaseLacks(t *testing.T) {
 	}
 	defer empty.Close(context.Background())
 	_, err = new(tasks.Client).EnqueueTx(t.Context(), empty, parcel{To: "Ada"}, nil)
-	if err == nil || !strings.Contains(err.Error(), "run: worker migrate") {
+	if err == nil || !strings.Contains(err.Error(), "run the command migrate") {
 		t.Errorf("without carpool's tables: %v", err)
 	}
 
@@ -420,7 +420,10 @@ func TestRecordKinds_WritesWhatHasChangedAndNothingElse(t *testing.T) {
 		}
 		return versions
 	}
-	set := tasks.NewSet(new(builtin.Tasks), new(maintenance.Tasks))
+	set, err := tasks.NewSet(new(builtin.Tasks), new(maintenance.Tasks))
+	if err != nil {
+		t.Fatal(err)
+	}
 	var starts sync.WaitGroup
 	for range 5 { // workers start at once
 		starts.Go(func() {

@@ -16,11 +16,14 @@ import (
 const redisURLForms = `redis://[user:password@]host[:port][/db], rediss:// for TLS, ` +
 	`redis-sentinel://[user:password@]host[:port][,host…][/db]?master=name, or redis-cluster://[user:password@]host[:port][,host…]`
 
-// OpenRedis makes a client for a Redis URL without connecting yet. The schemes
-// are redis, rediss (TLS), redis-sentinel (with ?master=) and redis-cluster;
+// OpenRedis returns a client of the Redis at a URL, for [NewClient]. It connects when the
+// client is first used, so a server that is away is no error; the caller closes the
+// client.
+//
+// The schemes are redis, rediss (TLS), redis-sentinel (with ?master=) and redis-cluster;
 // the latter two take several hosts, and rediss-sentinel and rediss-cluster use
 // TLS. Sentinels are asked with the same user and password as the server. The
-// errors never show the URL, which may hold a password.
+// error says what is wrong with the URL and never shows it, because it may hold a password.
 func OpenRedis(rawURL string) (redis.UniversalClient, error) {
 	opts, err := parseRedisURL(rawURL)
 	if err != nil {

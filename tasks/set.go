@@ -16,34 +16,75 @@ import (
 	"unicode/utf8"
 )
 
-// Set is the kinds of job that a worker can run. The zero value is empty and
-// ready for [Register]; once a worker uses it, it must not change.
+// Set holds the kinds of job that a worker can run. The zero value is empty and
+// ready for [Register]. It is complete before a worker uses it, and only read from then
+// on, by several goroutines at once.
 type Set struct {
 	byKind map[string]*Task
 }
 
-// Group is kinds of job that belong together, with the settings they need. A group
-// that is a pointer to a struct has its settings in the struct's fields, and its
-// handlers are methods of the pointer, so that they see them; [Group.Register] is
-// called before any setting is known.
-type Group interface{ Register(s *Set) }
-
-// NewSet returns the set of the groups' kinds. It panics as [Register] does.
-func NewSet(groups ...Group) *Set {
-	s := new(Set)
-	for _, g := range groups {
-		g.Register(s)
-	}
-	return s
+// Group has kinds of job that belong together, and the settings they need.
+//
+// A group that is a pointer to a struct has its settings in the struct's fields, and its
+// handlers are methods of the pointer, so that they see them. Package worker/cli makes a
+// variable of the environment, and a flag, of each exported field with the tag env:
+//
+//	type Tasks struct {
+//		Limit  int    `env:"SHOP_LIMIT" default:"10" help:"Orders at once."`
+//		Secret string `env:"SHOP_SECRET" secret:"" help:"Orders are signed with this."`
+//	}
+//
+// What a field holds when the program starts is the default, and wins over the tag
+// default. The tag secret keeps a value out of flags and of what is printed.
+//
+// A group may have three more methods, which are called if they are there: Check() error
+// says what is wrong with the settings before anything starts, every fault at once, joined
+// by [errors.Join]; Start(context.Context) error and Stop() are called around a worker's
+// run.
+type Group interface {
+	// Register adds the group's kinds to s, each by [Register], [RegisterTx] or
+	// [RegisterOnce]. It is called before any setting is known.
+	Register(s *Set)
 }
 
-// Task is one registered kind of job.
+// NewSet returns the set of the groups' kinds. The error is what [Register] panics with,
+// or says which group is nil. Package worker makes its set with its function Kinds, which
+// adds the kinds that every worker has.
+func NewSet(groups ...Group) (s *Set, err error) {
+	defer func() {
+		switch p := recover().(type) {
+		case nil:
+		case registerError:
+			s, err = nil, p
+		default:
+			panic(p)
+		}
+	}()
+	s = new(Set)
+	for i, g := range groups {
+		if g == nil {
+			return nil, fmt.Errorf("tasks: group %d of %d is nil", i+1, len(groups))
+		}
+		g.Register(s)
+	}
+	return s, nil
+}
+
+// registerError is what [Register] panics with.
+type registerError string
+
+func (e registerError) Error() string { return string(e) }
+
+// Task is one registered kind of job. A worker runs jobs with it, and the command kinds
+// describes it; who enqueues jobs, or writes handlers, has no need of it.
 type Task struct {
-	Kind    string
+	// Kind is the payload's.
+	Kind string
+	// Options are the payload's, with the defaults filled in; here a MaxRetry of 0 is none.
 	Options Options
 	// Fields are the payload's, in the order of the struct.
 	Fields []Field
-	// Once tells that the kind's effects happen once, see [RegisterTx] and
+	// Once is true for a kind whose effects happen once, by [RegisterTx] or
 	// [RegisterOnce].
 	Once bool
 
@@ -55,14 +96,19 @@ type Task struct {
 type Field struct {
 	// Name and Type are as in JSON: "source", "string".
 	Name, Type string
-	// Optional fields may be left out.
+	// Optional is true for a field that may be left out: a pointer, or one with the JSON
+	// option omitempty or omitzero.
 	Optional bool
-	// Doc is one line for people, and Example a value, as JSON; from the tags.
+	// Doc is one line for people, and Example a value as JSON, from the tags of these
+	// names; "" without one.
 	Doc, Example string
 }
 
-// Register adds the task of payload P and its handler to s. It panics on what
-// only a programmer can mend: a kind without a name, or one registered twice.
+// Register adds the task of payload P and its handler to s. The handler may run more than
+// once for one job, because a job is delivered at least once.
+//
+// It panics on what only a programmer can mend: a kind without a name, one that is
+// registered already, or a payload that is not a struct.
 func Register[P Payload, R any](s *Set, h Handler[P, R]) {
 	t := register[P](s)
 	t.run = func(ctx context.Context, job *Job, p Payload) (any, error) {
@@ -74,10 +120,10 @@ func register[P Payload](s *Set) *Task {
 	var zero P
 	kind := zero.Kind()
 	if kind == "" || strings.TrimSpace(kind) != kind {
-		panic(fmt.Sprintf("tasks: Register: %T has the kind %q; want a name such as \"csv:import\"", zero, kind))
+		panic(registerError(fmt.Sprintf("tasks: Register: %T has the kind %q; want a name such as \"csv:import\"", zero, kind)))
 	}
 	if _, ok := s.byKind[kind]; ok {
-		panic(fmt.Sprintf("tasks: Register: kind %q is registered twice", kind))
+		panic(registerError(fmt.Sprintf("tasks: Register: kind %q is registered twice", kind)))
 	}
 	if s.byKind == nil {
 		s.byKind = make(map[string]*Task)
@@ -108,7 +154,7 @@ func (s *Set) Kinds() []string {
 	return kinds
 }
 
-// Lookup finds the task of a kind. The error wraps [ErrUnknownKind], names the
+// Lookup returns the task of a kind. The error wraps [ErrUnknownKind], names the
 // kinds there are, and is permanent.
 func (s *Set) Lookup(kind string) (*Task, error) {
 	if t, ok := s.byKind[kind]; ok {
@@ -117,10 +163,10 @@ func (s *Set) Lookup(kind string) (*Task, error) {
 	return nil, Permanent(fmt.Errorf("%w %.100q: this worker knows %s", ErrUnknownKind, kind, strings.Join(s.Kinds(), ", ")))
 }
 
-// Decode turns JSON into the task's payload and validates it. Unknown fields
-// and anything after the object are errors. Every error is a permanent
-// [PayloadError] that names the field and doesn't show the payload. A panic of the
-// payload's own methods is one as well, that names the place.
+// Decode turns JSON into the task's payload and validates it. It takes one object whose
+// fields are all known. Every error is a permanent [PayloadError] that names the field and
+// shows nothing of the payload; for a panic of the payload's own methods it names the
+// place. A worker calls it before [Task.Run].
 func (t *Task) Decode(data []byte) (p Payload, err error) {
 	defer func() {
 		if recover() != nil { // what with may hold the payload's content
@@ -150,10 +196,14 @@ func placeOfPanic() string {
 	return "a place that isn't known"
 }
 
-// Run calls the handler with a payload from [Task.Decode] and returns its
-// result as JSON, nil for a handler that returned a nil result.
+// Run calls the handler with a payload from [Task.Decode] and returns its result as JSON,
+// nil for no result. The error is the handler's, or a permanent
+// one for a result that can't be JSON; a panic of the handler is passed on. A worker calls
+// it, and package taskstest.
 func (t *Task) Run(ctx context.Context, job *Job, p Payload) ([]byte, error) {
-	job.isolation, job.recorded = t.Options.Isolation, false
+	delivery := job.delivery()
+	delivery.Isolation = t.Options.Isolation
+	delivery.Again()
 	return marshalResult(t.run(ctx, job, p))
 }
 
@@ -174,8 +224,8 @@ func marshalResult(result any, err error) ([]byte, error) {
 	return data, nil
 }
 
-// Example is a payload that is valid for the task, as one line of JSON, made
-// of its fields' examples.
+// Example returns a payload as one line of JSON, made of its fields' examples. It is valid
+// if they are.
 func (t *Task) Example() string {
 	var b strings.Builder
 	b.WriteByte('{')
@@ -239,7 +289,7 @@ func withoutContent(err error, fields []Field) error {
 
 func fieldsOf(t reflect.Type) []Field {
 	if t.Kind() != reflect.Struct {
-		panic(fmt.Sprintf("tasks: Register: payload %s is not a struct", t))
+		panic(registerError(fmt.Sprintf("tasks: Register: payload %s is not a struct", t)))
 	}
 	var fields []Field
 	for _, f := range reflect.VisibleFields(t) {
@@ -254,7 +304,7 @@ func fieldsOf(t reflect.Type) []Field {
 		if example != "" && jsonType(f.Type) == "string" {
 			quoted, err := json.Marshal(example)
 			if err != nil {
-				panic(fmt.Sprintf("tasks: Register: %s.%s: example: %v", t, f.Name, err))
+				panic(registerError(fmt.Sprintf("tasks: Register: %s.%s: example: %v", t, f.Name, err)))
 			}
 			example = string(quoted)
 		}

@@ -162,7 +162,11 @@ func FuzzTask_DecodeNeverPanicsAndNeverShowsValues(f *testing.F) {
 
 func TestSet_UnknownKindNamesTheKnownOnes(t *testing.T) {
 	t.Parallel()
-	_, err := tasks.NewSet(new(builtin.Tasks), new(maintenance.Tasks)).Lookup("csv:imprt")
+	set, err := tasks.NewSet(new(builtin.Tasks), new(maintenance.Tasks))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = set.Lookup("csv:imprt")
 	want := `unknown kind "csv:imprt": this worker knows carpool:prune, csv:import, pool:validate, rows:prune, webhook:deliver`
 	if !errors.Is(err, tasks.ErrUnknownKind) || !tasks.IsPermanent(err) || err.Error() != want {
 		t.Errorf("error %q, want %q", err, want)

@@ -1,9 +1,33 @@
-// Package tasks is what a job is: its payload, its kind, its options and its
-// handler; and how jobs are enqueued.
+// Package tasks says what a job is, and enqueues jobs. It is for services that enqueue,
+// and for packages with tasks of their own.
 //
-// Services that only enqueue import this package and use [Client]. A task is a
-// [Payload] and a [Handler] in a package of their own, which a [Group] registers;
-// the ready-made ones are in the packages below this one.
+// # To enqueue a job
+//
+// A service makes a [Client] with [NewClient] and calls [Client.Enqueue] with a payload:
+// one of its own, or one of the ready-made kinds in the packages csvimport, webhook and
+// rowsprune below this one. [Client.EnqueueTx] enqueues in a transaction of Postgres, so
+// that the job is there if what it is about was committed. Neither needs net/http.
+//
+// # To write a task
+//
+// A task is a [Payload] and its handler. It is registered by one of three functions, and
+// what the handler does decides which one:
+//
+//   - [Register] is for a handler that may run twice for one job, as after a crash.
+//   - [RegisterTx] is for one whose effects are all in Postgres: they happen in a
+//     transaction that the handler is given, and exactly once.
+//   - [RegisterOnce] is for one that works for long before it has its effects in Postgres:
+//     they happen exactly once too, in the transaction of [Once].
+//
+// A [Group] registers the tasks that belong together, and has their settings. Package
+// worker runs groups of tasks, with its command line in worker/cli; package taskstest
+// below this one runs one handler in a test.
+//
+// The error of a handler decides what becomes of the job. [Permanent] sends it to the
+// archive at once, [RetryAfter] sets the time until the next try, and [Snooze] comes back
+// later without using up a try. After any other error the job is tried again, later and
+// later, until [Options.MaxRetry] is used up and it is archived. A database that is away
+// is nobody's failure: jobs wait for it.
 package tasks
 
 import (
@@ -17,42 +41,47 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/carpool-go/carpool/dbpool"
+	"github.com/carpool-go/carpool/internal/once"
 )
 
-// Payload is what a job carries. It travels as JSON, so that any language can
-// write it; its fields may have `doc` and `example` tags, which `worker kinds`
+// Payload is what a job carries: a struct. It travels as JSON, so that any language can
+// write it; its fields may have `doc` and `example` tags, which the command kinds
 // prints.
 type Payload interface {
-	// Kind is the job's stable name, such as "csv:import".
+	// Kind returns the job's stable name, such as "csv:import". It and Options are
+	// called on the zero value too, so they depend on no field.
 	Kind() string
-	// Options are the kind's defaults; an enqueuer may override them.
+	// Options returns the kind's defaults; an enqueuer may override them.
 	Options() Options
-	// Validate reports what is wrong with the payload, beginning with the
-	// JSON name of the field. Its text is logged and kept with the job, so it
+	// Validate returns what is wrong with the payload, beginning with the
+	// JSON name of the field, nil if nothing is. It is called before the job is
+	// enqueued, and before it runs. Its text is logged and kept with the job, so it
 	// must not repeat the payload's content.
 	Validate() error
 }
 
-// Handler does the work of one kind of job. The payload is decoded and valid,
-// ctx ends at the job's deadline, and what it returns is kept as the job's
-// result, as JSON, for [Options.Retention].
+// Handler does the work of one kind of job. The payload is decoded and valid, and ctx
+// ends when [Options.Timeout] is over, when the job is cancelled, or when its worker has
+// to stop. What it returns is kept as the job's result, as JSON, for [Options.Retention];
+// a [json.RawMessage] is JSON already, and nil, if R is any, is no result.
 //
-// A returned error means another try, unless it is wrapped by [Permanent].
+// A returned error means another try, unless it came from [Permanent], [RetryAfter] or
+// [Snooze]. Its text is logged and kept with the job, so it must not hold the payload's
+// content. A worker takes a panic for an error.
 type Handler[P Payload, R any] func(ctx context.Context, job *Job, payload P) (R, error)
 
 const (
 	// DefaultQueue is the queue of a kind that names none.
 	DefaultQueue = "default"
-	// DefaultMaxRetry is how often a kind that doesn't say is tried again.
+	// DefaultMaxRetry is how often a failing job of a kind that names no number is
+	// tried again.
 	DefaultMaxRetry = 10
-	// DefaultTimeout bounds one attempt of a kind that doesn't say.
+	// DefaultTimeout bounds one attempt of a kind that names no time.
 	DefaultTimeout = 10 * time.Minute
-	// TimeoutGrace is added to the timeout that asynq is told, so that a handler
-	// whose time is up can say so before asynq gives up waiting for it.
-	TimeoutGrace = 2 * time.Second
 	// maxMaxRetry is more than any job lives to see, and fits asynq's number.
 	maxMaxRetry = 1_000_000_000
-	// NoRetry as MaxRetry means that the first failure is the last.
+	// NoRetry as MaxRetry means that the first failure is the last; 0 would be the
+	// default.
 	NoRetry = -1
 )
 
@@ -67,12 +96,12 @@ type Options struct {
 	MaxRetry int
 	// Timeout bounds one attempt, in whole seconds; 0 means [DefaultTimeout].
 	Timeout time.Duration
-	// Retention is how long a finished job stays in sight with its result, in
-	// whole seconds; 0 means not at all.
+	// Retention is how long a job that is done stays in Redis with its result, in
+	// whole seconds; 0 means that it is forgotten at once.
 	Retention time.Duration
 	// Isolation is that of the transaction of [RegisterTx] and [RegisterOnce]; ""
 	// means the database's default. A transaction that Postgres could not
-	// serialize is run again.
+	// serialize is run again at once, up to five times, which uses up no try.
 	Isolation pgx.TxIsoLevel
 }
 
@@ -93,30 +122,30 @@ func (o Options) withDefaults() Options {
 	return o
 }
 
-// Job is what a handler is told about the job it runs, and what it is lent.
+// Job is what a handler is told about the job it runs, and what it is lent. A worker makes
+// it; a test has it from package taskstest.
 type Job struct {
-	ID    string
-	Kind  string
-	Queue string
+	// ID is the same at every attempt; Kind is the payload's; Queue is where the job was
+	// fetched from.
+	ID, Kind, Queue string
 	// Attempt counts from 1.
 	Attempt int
-	// MaxRetry is how many further attempts a failing job is given.
+	// MaxRetry is how many attempts may follow the first one.
 	MaxRetry int
 	// DB is the shared pool. Connections taken from it with the handler's
 	// context are charged to this job.
 	DB *dbpool.Pool
-	// Client enqueues further jobs.
+	// Client enqueues further jobs: at once, or with the handler's transaction by
+	// [Client.EnqueueTx].
 	Client *Client
 	// Log carries the job's id and kind. What is logged must not hold the
 	// payload's content.
 	Log *slog.Logger
-	// WriteResult stores bytes as the job's result so far; nil discards them.
-	// Handlers call [Job.Progress] instead.
+	// WriteResult stores JSON in the place of the job's result; nil discards it. A worker
+	// sets it for [Job.Progress], which handlers call.
 	WriteResult func([]byte) error
 
-	isolation pgx.TxIsoLevel
-	recorded  bool // in carpool.jobs_done
-	givesWay  bool // to another run of the same job
+	once *once.Job // of a transactional task
 
 	mu       sync.Mutex
 	reported time.Time
@@ -125,9 +154,11 @@ type Job struct {
 // progressEvery bounds how often a job's progress is written to Redis.
 const progressEvery = time.Second
 
-// Progress shows v, as JSON {"progress": v}, where the job's result will be:
-// in asynqmon and in `worker enqueue --wait`. At most one call a second is
-// written, the others cost nothing, so it may be called as often as one likes.
+// Progress shows v, as JSON {"progress": v}, where the job's result will be: in the
+// monitor, in the command enqueue --wait, and to [Client.Wait]. It writes at most once a
+// second, and the other calls cost nothing, so it may be called for every row. The error
+// is Redis', the end of ctx, or that v can't be JSON; most handlers pass over it, because
+// the work itself goes on.
 func (j *Job) Progress(ctx context.Context, v any) error {
 	if j.WriteResult == nil {
 		return nil

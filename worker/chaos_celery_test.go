@@ -1,6 +1,6 @@
 //go:build unix
 
-package main
+package worker_test
 
 import (
 	"bufio"
@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"github.com/redis/go-redis/v9"
+
+	"github.com/carpool-go/carpool/worker/internal/workertest"
 )
 
 // celery is the chaos test's mode for comparison: Celery and SQLAlchemy, as
@@ -124,7 +126,7 @@ var celeryID = regexp.MustCompile(`\\*"id\\*": \\*"(chaos-\d+)`)
 // are lost.
 func (c *chaos) celeryLate(r *chaosReport) {
 	var waiting, unacked []string
-	eventually(c.t, "Celery's messages can be read", func() bool {
+	workertest.Eventually(c.t, "Celery's messages can be read", func() bool {
 		var err, err2 error
 		waiting, err = c.celery.rdb.LRange(c.t.Context(), "celery", 0, -1).Result()
 		unacked, err2 = c.celery.rdb.HVals(c.t.Context(), "unacked").Result()

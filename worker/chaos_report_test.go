@@ -1,6 +1,6 @@
 //go:build unix
 
-package main
+package worker_test
 
 import (
 	"cmp"
@@ -15,6 +15,8 @@ import (
 
 	"github.com/hibiken/asynq"
 	"github.com/jackc/pgx/v5"
+
+	"github.com/carpool-go/carpool/worker/internal/workertest"
 )
 
 // chaosReport is what came of a run.
@@ -56,7 +58,7 @@ func (c *chaos) report() *chaosReport {
 	}
 	var effects []chaosEffectRow
 	var held map[string]bool
-	eventually(c.t, "the effects can be read", func() bool { // over a connection from after the last restart
+	workertest.Eventually(c.t, "the effects can be read", func() bool { // over a connection from after the last restart
 		rows, _ := c.db.Query(c.t.Context(), "SELECT n, at FROM effects ORDER BY at")
 		var err error
 		effects, err = pgx.CollectRows(rows, pgx.RowToStructByPos[chaosEffectRow])
@@ -188,7 +190,7 @@ func (c *chaos) tries() (retries, postponed int) {
 			continue
 		}
 		attempts[record.Job.ID] = max(attempts[record.Job.ID], record.Job.Attempt)
-		if record.Job.Outcome == outcomePostponed {
+		if record.Job.Outcome == "postponed" {
 			postponed++
 		}
 	}

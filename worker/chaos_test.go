@@ -1,6 +1,6 @@
 //go:build unix
 
-package main
+package worker_test
 
 import (
 	"context"
@@ -9,7 +9,6 @@ import (
 	"flag"
 	"fmt"
 	"math/rand/v2"
-	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -26,6 +25,7 @@ import (
 	"github.com/carpool-go/carpool/internal/servers"
 	"github.com/carpool-go/carpool/internal/testservers"
 	"github.com/carpool-go/carpool/tasks"
+	"github.com/carpool-go/carpool/worker/internal/workertest"
 )
 
 var (
@@ -148,7 +148,7 @@ func newChaos(t *testing.T, mode string, seed uint64) *chaos {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = c.redis.Stop() })
-	if err := schema.Migrate(t.Context(), c.postgres.URL(), discard()); err != nil {
+	if err := schema.Migrate(t.Context(), c.postgres.URL(), workertest.Discard()); err != nil {
 		t.Fatal(err)
 	}
 	if c.db, err = pgxpool.New(t.Context(), c.postgres.URL()); err != nil {
@@ -191,7 +191,7 @@ func newChaos(t *testing.T, mode string, seed uint64) *chaos {
 		c.supervised.Wait()
 	})
 	if c.carpools() { // the first worker writes down the kinds
-		eventually(t, "a worker has started", func() bool {
+		workertest.Eventually(t, "a worker has started", func() bool {
 			var there bool
 			err := c.db.QueryRow(t.Context(), "SELECT EXISTS (SELECT FROM carpool.kinds WHERE kind = 'chaos:effect')").Scan(&there)
 			return err == nil && there
@@ -208,24 +208,13 @@ func (c *chaos) newNode(name string) *chaosNode {
 	c.t.Helper()
 	n := &chaosNode{name: name}
 	var databaseURL, redisURL string
-	databaseURL, n.postgres = throughProxy(c.t, c.postgres.URL())
-	redisURL, n.redis = throughProxy(c.t, c.redis.URL())
+	databaseURL, n.postgres = workertest.ThroughProxy(c.t, c.postgres.URL())
+	redisURL, n.redis = workertest.ThroughProxy(c.t, c.redis.URL())
 	n.env = []string{
 		"DATABASE_URL=" + databaseURL, "REDIS_URL=" + redisURL, chaosEnv + "=" + c.mode,
 		"WORKER_FETCHERS=2", "LOG_LEVEL=debug", "LOG_FORMAT=json", "PATH=" + os.Getenv("PATH"), "GORACE=halt_on_error=1",
 	}
 	return n
-}
-
-func throughProxy(t *testing.T, raw string) (string, *testservers.Proxy) {
-	t.Helper()
-	u, err := url.Parse(raw)
-	if err != nil {
-		t.Fatal(err)
-	}
-	proxy := testservers.NewProxy(t, u.Host)
-	u.Host = proxy.Addr()
-	return u.String(), proxy
 }
 
 func (c *chaos) connectProducers() {

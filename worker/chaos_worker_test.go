@@ -1,4 +1,4 @@
-package main
+package worker_test
 
 import (
 	"context"
@@ -16,8 +16,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/carpool-go/carpool/tasks"
-	"github.com/carpool-go/carpool/tasks/builtin"
-	"github.com/carpool-go/carpool/tasks/maintenance"
+	"github.com/carpool-go/carpool/worker/cli"
 )
 
 // chaosEnv holds the mode of a worker process of the chaos test.
@@ -64,24 +63,28 @@ func (e chaosEffect) happen(ctx context.Context, tx pgx.Tx, id string) error {
 func chaosWorker() int {
 	go func() {
 		_, _ = io.Copy(io.Discard, os.Stdin)
-		os.Exit(exitFailed)
+		os.Exit(1)
 	}()
 	mode := os.Getenv(chaosEnv)
 	if mode == plain {
 		return plainWorker()
 	}
-	return program([]string{"run"}, func(b *builtin.Tasks, m *maintenance.Tasks) *tasks.Set {
-		set := tasks.NewSet(b, m)
-		if mode == protected {
-			tasks.RegisterTx(set, func(ctx context.Context, job *tasks.Job, tx pgx.Tx, e chaosEffect) (any, error) {
-				return nil, e.happen(ctx, tx, job.ID)
-			})
-			return set
-		}
-		tasks.Register(set, func(ctx context.Context, job *tasks.Job, e chaosEffect) (any, error) {
-			return nil, pgx.BeginFunc(ctx, job.DB, func(tx pgx.Tx) error { return e.happen(ctx, tx, job.ID) })
+	cli.Program{Name: "worker", Groups: []tasks.Group{chaosTasks{mode == protected}}}.Main()
+	return 0
+}
+
+// chaosTasks is the group of the chaos test's kind.
+type chaosTasks struct{ protected bool }
+
+func (c chaosTasks) Register(s *tasks.Set) {
+	if c.protected {
+		tasks.RegisterTx(s, func(ctx context.Context, job *tasks.Job, tx pgx.Tx, e chaosEffect) (any, error) {
+			return nil, e.happen(ctx, tx, job.ID)
 		})
-		return set
+		return
+	}
+	tasks.Register(s, func(ctx context.Context, job *tasks.Job, e chaosEffect) (any, error) {
+		return nil, pgx.BeginFunc(ctx, job.DB, func(tx pgx.Tx) error { return e.happen(ctx, tx, job.ID) })
 	})
 }
 
@@ -93,13 +96,13 @@ func plainWorker() int {
 	db, err := pgxpool.New(ctx, os.Getenv("DATABASE_URL"))
 	if err != nil {
 		log.Error("pgxpool", "error", err)
-		return exitFailed
+		return 1
 	}
 	defer db.Close()
 	rdb, err := tasks.OpenRedis(os.Getenv("REDIS_URL"))
 	if err != nil {
 		log.Error("redis", "error", err)
-		return exitFailed
+		return 1
 	}
 	defer rdb.Close()
 	server := asynq.NewServerFromRedisClient(rdb, asynq.Config{Concurrency: 10})
@@ -111,16 +114,16 @@ func plainWorker() int {
 			return err
 		}
 		err := pgx.BeginFunc(ctx, db, func(tx pgx.Tx) error { return e.happen(ctx, tx, id) })
-		outcome := outcomeDone
+		outcome := "done"
 		if err != nil {
-			outcome = outcomeRetry
+			outcome = "retry"
 		}
 		log.Info("job", slog.Group("job", "id", id, "kind", t.Type(), "attempt", retried+1, "outcome", outcome), "error", err)
 		return err
 	}))
 	if err != nil {
 		log.Error("asynq", "error", err)
-		return exitFailed
+		return 1
 	}
 	<-ctx.Done()
 	server.Shutdown()

@@ -1,309 +1,162 @@
-package main
+package worker
 
 import (
+	"cmp"
+	"errors"
 	"fmt"
 	"log/slog"
-	"net/url"
-	"os"
-	"regexp"
+	"maps"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
 	"github.com/carpool-go/carpool/dbpool"
+	"github.com/carpool-go/carpool/internal/asynqwire"
+	"github.com/carpool-go/carpool/internal/instance"
 	"github.com/carpool-go/carpool/outbound"
+	"github.com/carpool-go/carpool/scheduler"
 	"github.com/carpool-go/carpool/tasks"
-	"github.com/carpool-go/carpool/tasks/builtin"
+	"github.com/carpool-go/carpool/worker/internal/delivery"
 )
 
-// The settings are declared as strings, once, for the environment, the flags
-// and the help; what they mean is read by the functions below, which collect
-// every fault, so that one start shows all of them.
-
-type redisSettings struct {
-	RedisURL string `name:"redis-url" env:"REDIS_URL" placeholder:"redis://…" group:"Servers" help:"Redis that holds the queues: redis://, rediss://, redis-sentinel:// or redis-cluster://."`
+// Config says how a worker runs. RedisURL and Pool are required.
+type Config struct {
+	// RedisURL is the Redis that holds the queues, as [tasks.OpenRedis] takes it. Required.
+	RedisURL string
+	// Pool is the pool of connections that jobs share; begin with [dbpool.DefaultConfig].
+	// Its Logger is the worker's if it is nil. Required.
+	Pool dbpool.Config
+	// Groups are the kinds of job that the worker runs, besides those that every worker
+	// has. A group with the methods Start(context.Context) error and Stop() has them called
+	// around the run.
+	Groups []tasks.Group
+	// Schedules are entries that the worker brings along, besides carpool's own.
+	Schedules []scheduler.Entry
+	// Queues are those to pull from, with their weights, 1 to 1000; nil means
+	// critical=6, default=3, low=1.
+	Queues map[string]int
+	// Concurrency is how many jobs run at once, up to [MaxConcurrency]; 0 means 10.
+	Concurrency int
+	// Fetchers is how many loops fetch jobs side by side, up to [MaxFetchers] and to
+	// Concurrency; 0 means 4.
+	Fetchers int
+	// ShutdownTimeout is how long jobs may go on when the worker is to stop, before their
+	// contexts end and they are pushed back; 0 means 25 s, less none.
+	ShutdownTimeout time.Duration
+	// StartupTimeout is how long servers that are down are waited for at the start; 0 means
+	// 60 s, less not at all.
+	StartupTimeout time.Duration
+	// ValidateEvery is the time between two validations of the pool, 1 s at least; 0 means a
+	// minute.
+	ValidateEvery time.Duration
+	// OutboundAllow are addresses that jobs may call although they are not public, as
+	// [outbound.New] takes them; "" is none.
+	OutboundAllow string
+	// Burst has the worker work off what is queued and due, and then stop.
+	Burst bool
+	// Version is the program's, for the log and the status; "" is shown as such.
+	Version string
+	// Logger takes what the worker logs; nil is [slog.Default].
+	Logger *slog.Logger
 }
-
-type databaseSettings struct {
-	DatabaseURL string `name:"database-url" env:"DATABASE_URL" placeholder:"postgres://…" group:"Servers" help:"Postgres that jobs work on."`
-}
-
-type logSettings struct {
-	LogLevel  string `env:"LOG_LEVEL" default:"info" group:"Log" help:"debug shows a record after each job; or info, warn, error."`
-	LogFormat string `env:"LOG_FORMAT" default:"auto" group:"Log" help:"json, text, or auto: text on a terminal, JSON elsewhere."`
-}
-
-type poolSettings struct {
-	Size          string `name:"db-pool-size" env:"DB_POOL_SIZE" default:"5" group:"Pool" help:"Connections kept open."`
-	MaxOverflow   string `name:"db-max-overflow" env:"DB_MAX_OVERFLOW" default:"5" group:"Pool" help:"Further connections under load, closed soon after."`
-	Timeout       string `name:"db-pool-timeout" env:"DB_POOL_TIMEOUT" default:"30s" group:"Pool" help:"Longest wait for a connection."`
-	Recycle       string `name:"db-pool-recycle" env:"DB_POOL_RECYCLE" default:"30m" group:"Pool" help:"A connection's longest life, jittered; 0 for no limit."`
-	PrePing       string `name:"db-pool-pre-ping" env:"DB_POOL_PRE_PING" default:"true" group:"Pool" help:"Check each connection before it is lent."`
-	ValidateEvery string `name:"db-pool-validate-every" env:"DB_POOL_VALIDATE_EVERY" default:"1m" group:"Pool" help:"How often idle connections are validated."`
-	LeakAfter     string `name:"db-pool-leak-after" env:"DB_POOL_LEAK_AFTER" default:"1m" group:"Pool" help:"Log who has held a connection this long; 0 for never."`
-	Pooler        string `name:"db-pooler" env:"DB_POOLER" default:"false" group:"Pool" help:"The URL leads to PgBouncer, or its like, in transaction mode."`
-	Echo          string `name:"db-echo" env:"DB_ECHO" default:"false" group:"Pool" help:"Log each SQL statement, never its arguments."`
-}
-
-type workerSettings struct {
-	Concurrency     string `name:"concurrency" env:"WORKER_CONCURRENCY" default:"10" group:"Worker" help:"Jobs at once."`
-	Queues          string `name:"queues" env:"WORKER_QUEUES" default:"critical=6,default=3,low=1" group:"Worker" help:"Queues to pull from, with their weights."`
-	Fetchers        string `name:"fetchers" env:"WORKER_FETCHERS" default:"4" group:"Worker" help:"Parallel fetch loops, at most one for each job at once."`
-	ShutdownTimeout string `name:"shutdown-timeout" env:"WORKER_SHUTDOWN_TIMEOUT" default:"25s" group:"Worker" help:"How long jobs may go on after SIGTERM before they are pushed back."`
-}
-
-type startupSettings struct {
-	StartupTimeout string `name:"startup-timeout" env:"WORKER_STARTUP_TIMEOUT" default:"60s" group:"Servers" help:"How long to wait at the start for servers that are down."`
-}
-
-type taskSettings struct {
-	ImportDir     string `name:"import-dir" env:"IMPORT_DIR" group:"Tasks" placeholder:"DIR" help:"csv:import may read file: sources below this folder; unset, it refuses them."`
-	WebhookSecret string `name:"webhook-secret" env:"WEBHOOK_SECRET" group:"Tasks" placeholder:"whsec_…" help:"webhook:deliver signs with this; unset, it refuses to deliver. Environment only."`
-	OutboundAllow string `name:"outbound-allow" env:"OUTBOUND_ALLOW" group:"Tasks" placeholder:"HOST|CIDR,…" help:"Addresses that jobs may call although they are not public."`
-}
-
-// config is what `worker run` runs with.
-type config struct {
-	redisURL        string
-	pool            dbpool.Config
-	validateEvery   time.Duration
-	concurrency     int
-	queues          map[string]int
-	fetchers        int
-	shutdownTimeout time.Duration
-	startupTimeout  time.Duration
-	builtin         builtin.Tasks
-	outbound        *outbound.Guard
-}
-
-func (r *runSettings) config() (config, error) {
-	var f faults
-	cfg := config{
-		redisURL:        f.redisURL(r.RedisURL),
-		pool:            f.pool(r.databaseSettings, r.poolSettings),
-		validateEvery:   f.duration("DB_POOL_VALIDATE_EVERY", r.ValidateEvery, time.Second, "1m"),
-		concurrency:     f.number("WORKER_CONCURRENCY", r.Concurrency, 1, 10_000, "10"),
-		queues:          f.queues(r.Queues),
-		fetchers:        f.number("WORKER_FETCHERS", r.Fetchers, 1, 64, "4"),
-		shutdownTimeout: f.duration("WORKER_SHUTDOWN_TIMEOUT", r.ShutdownTimeout, 0, "25s"),
-		startupTimeout:  f.startup(r.startupSettings),
-	}
-	cfg.builtin, cfg.outbound = f.tasks(r.taskSettings)
-	f.log(r.logSettings)
-	cfg.fetchers = min(cfg.fetchers, cfg.concurrency)
-	return cfg, f.err()
-}
-
-// faults collects what is wrong with the settings, and reads those that aren't.
-type faults []string
-
-func (f *faults) add(name, problem, example string) {
-	*f = append(*f, fmt.Sprintf("%s %s; for example %s=%s", name, problem, name, example))
-}
-
-// join adds the faults that a group of tasks has joined.
-func (f *faults) join(err error) {
-	if joined, ok := err.(interface{ Unwrap() []error }); ok { //nolint:errorlint // of errors.Join itself
-		for _, fault := range joined.Unwrap() {
-			*f = append(*f, fault.Error())
-		}
-	}
-}
-
-func (f *faults) err() error {
-	switch len(*f) {
-	case 0:
-		return nil
-	case 1:
-		return configError((*f)[0])
-	}
-	return configError(fmt.Sprintf("%d settings are wrong:\n  %s", len(*f), strings.Join(*f, "\n  ")))
-}
-
-// configError is a fault that only the person who starts the worker can mend:
-// the worker exits with code 2.
-type configError string
-
-func (e configError) Error() string { return string(e) }
 
 const (
-	exampleRedisURL    = "redis://localhost:6379/0"
-	exampleDatabaseURL = "postgres://user:password@localhost:5432/app"
+	// MaxConcurrency is more jobs at once than one process does well.
+	MaxConcurrency = 10_000
+	// MaxFetchers is more fetch loops than bring anything.
+	MaxFetchers = 64
+	// maxWeight is the largest weight of a queue.
+	maxWeight = 1000
 )
 
-func (f *faults) redisURL(value string) string {
-	switch {
-	case value == "":
-		f.add("REDIS_URL", "is not set", exampleRedisURL)
-	case secretInFlag("REDIS_URL", value):
-		f.add("REDIS_URL", "is given as a flag with a password in it, which everybody on the machine can read in the list of processes; set the variable instead", exampleRedisURL)
-	default:
-		rdb, err := tasks.OpenRedis(value)
-		if err != nil {
-			f.add("REDIS_URL", "is wrong: "+strings.TrimPrefix(err.Error(), "tasks: redis URL: "), exampleRedisURL)
-			return ""
-		}
+func (c Config) withDefaults() Config {
+	if c.Queues == nil {
+		c.Queues = map[string]int{"critical": 6, "default": 3, "low": 1}
+	}
+	c.Concurrency = cmp.Or(c.Concurrency, 10)
+	c.Fetchers = cmp.Or(c.Fetchers, 4)
+	c.ShutdownTimeout = max(0, cmp.Or(c.ShutdownTimeout, 25*time.Second))
+	c.StartupTimeout = max(0, cmp.Or(c.StartupTimeout, time.Minute))
+	c.ValidateEvery = cmp.Or(c.ValidateEvery, time.Minute)
+	if c.Logger == nil {
+		c.Logger = slog.Default()
+	}
+	if c.Pool.Logger == nil {
+		c.Pool.Logger = c.Logger
+	}
+	return c
+}
+
+// Validate reports every fault at once, a line each that begins with the name of the
+// field. It never shows a URL, which may hold a password.
+func (c Config) Validate() error {
+	c = c.withDefaults()
+	var faults []error
+	add := func(format string, args ...any) { faults = append(faults, fmt.Errorf(format, args...)) }
+	if rdb, err := tasks.OpenRedis(c.RedisURL); err != nil {
+		add("RedisURL: %s", strings.TrimPrefix(err.Error(), "tasks: redis URL: "))
+	} else {
 		_ = rdb.Close()
 	}
-	return value
-}
-
-func (f *faults) databaseURL(value string) string {
-	switch {
-	case value == "":
-		f.add("DATABASE_URL", "is not set", exampleDatabaseURL)
-	case secretInFlag("DATABASE_URL", value):
-		f.add("DATABASE_URL", "is given as a flag with a password in it, which everybody on the machine can read in the list of processes; set the variable instead", exampleDatabaseURL)
-	case !strings.HasPrefix(value, "postgres://") && !strings.HasPrefix(value, "postgresql://"):
-		f.add("DATABASE_URL", "is wrong: it must begin with postgres:// or postgresql://", exampleDatabaseURL)
-	default:
-		if err := dbpool.DefaultConfig(value).Validate(); err != nil {
-			f.add("DATABASE_URL", "is wrong: "+strings.TrimPrefix(err.Error(), "dbpool: "), exampleDatabaseURL)
-		}
+	if err := c.Pool.Validate(); err != nil {
+		add("Pool: %s", strings.TrimPrefix(err.Error(), "dbpool: "))
 	}
-	return value
-}
-
-// secretInFlag reports whether value came from a flag, not from the variable
-// name, and has a password in it.
-func secretInFlag(name, value string) bool {
-	if value == os.Getenv(name) {
-		return false
-	}
-	return redactURL(value) != value
-}
-
-func (f *faults) pool(db databaseSettings, p poolSettings) dbpool.Config {
-	cfg := dbpool.DefaultConfig(f.databaseURL(db.DatabaseURL))
-	cfg.Size = f.number("DB_POOL_SIZE", p.Size, 1, 1000, "5")
-	cfg.MaxOverflow = f.number("DB_MAX_OVERFLOW", p.MaxOverflow, 0, 1000, "5")
-	cfg.Timeout = f.duration("DB_POOL_TIMEOUT", p.Timeout, time.Millisecond, "30s")
-	cfg.Recycle = f.duration("DB_POOL_RECYCLE", p.Recycle, 0, "30m")
-	cfg.PrePing = f.boolean("DB_POOL_PRE_PING", p.PrePing, "true")
-	cfg.LeakAfter = f.duration("DB_POOL_LEAK_AFTER", p.LeakAfter, 0, "1m")
-	cfg.ThroughPooler = f.boolean("DB_POOLER", p.Pooler, "false")
-	cfg.Echo = f.boolean("DB_ECHO", p.Echo, "false")
-	return cfg
-}
-
-func (f *faults) tasks(t taskSettings) (builtin.Tasks, *outbound.Guard) {
-	group := builtin.Tasks{ImportDir: t.ImportDir, WebhookSecret: t.WebhookSecret}
-	inFlag := t.WebhookSecret != os.Getenv("WEBHOOK_SECRET")
-	if inFlag {
-		group.WebhookSecret = "" // the flag is the fault
-	}
-	f.join(group.Check())
-	if inFlag {
-		f.add("WEBHOOK_SECRET", "is given as a flag, which everybody on the machine can read in the list of processes; set the variable instead", "whsec_…")
-	}
-	guard, err := outbound.New(t.OutboundAllow)
+	set, err := Kinds(c.Groups...)
 	if err != nil {
-		f.add("OUTBOUND_ALLOW", "is wrong: "+err.Error(), "10.1.0.0/16,hooks.internal")
+		add("Groups: %w", err)
 	}
-	return group, guard
-}
-
-func (f *faults) log(l logSettings) (level slog.Level, format string) {
-	if err := level.UnmarshalText([]byte(l.LogLevel)); err != nil {
-		f.add("LOG_LEVEL", fmt.Sprintf("is %q, which is not one of debug, info, warn, error", l.LogLevel), "info")
-	}
-	if !slices.Contains([]string{"auto", "json", "text"}, l.LogFormat) {
-		f.add("LOG_FORMAT", fmt.Sprintf("is %q, which is not one of auto, json, text", l.LogFormat), "auto")
-	}
-	return level, l.LogFormat
-}
-
-func (f *faults) startup(s startupSettings) time.Duration {
-	return f.duration("WORKER_STARTUP_TIMEOUT", s.StartupTimeout, 0, "60s")
-}
-
-func (f *faults) number(name, value string, lowest, highest int, example string) int {
-	n, err := strconv.Atoi(strings.TrimSpace(value))
-	if err != nil || n < lowest || n > highest {
-		f.add(name, fmt.Sprintf("is %q, which is not a whole number from %d to %d", value, lowest, highest), example)
-	}
-	return n
-}
-
-func (f *faults) duration(name, value string, lowest time.Duration, example string) time.Duration {
-	d, err := time.ParseDuration(strings.TrimSpace(value))
-	switch {
-	case err != nil:
-		f.add(name, fmt.Sprintf("is %q, which is not a time with its unit, such as 500ms, 30s or 5m", value), example)
-	case d < lowest:
-		f.add(name, fmt.Sprintf("is %q, which is less than %s", value, lowest), example)
-	}
-	return d
-}
-
-func (f *faults) boolean(name, value, example string) bool {
-	b, err := strconv.ParseBool(strings.TrimSpace(value))
-	if err != nil {
-		f.add(name, fmt.Sprintf("is %q, which is neither true nor false", value), example)
-	}
-	return b
-}
-
-// queueName leaves out what would be read as a weight or a list, and the
-// characters that have a meaning in Redis keys of a cluster.
-var queueName = regexp.MustCompile(`^[A-Za-z0-9_.:-]{1,100}$`)
-
-func (f *faults) queues(value string) map[string]int {
-	const name, example = "WORKER_QUEUES", "critical=6,default=3,low=1"
-	queues := make(map[string]int)
-	for entry := range strings.SplitSeq(value, ",") {
-		queue, weight, weighted := strings.Cut(strings.TrimSpace(entry), "=")
-		n := 1
-		if weighted {
-			var err error
-			if n, err = strconv.Atoi(weight); err != nil || n < 1 || n > 1000 {
-				f.add(name, fmt.Sprintf("gives %q the weight %q, which is not a whole number from 1 to 1000", queue, weight), example)
-			}
+	names := make(map[string]bool)
+	for _, e := range c.Schedules {
+		if err := e.Validate(); err != nil {
+			add("Schedules: entry %.100q: %w", e.Name, err)
+			continue
 		}
-		if !queueName.MatchString(queue) {
-			f.add(name, fmt.Sprintf("has a queue %q; a queue's name is made of letters, digits, and _ . : -", queue), example)
+		if names[e.Name] {
+			add("Schedules: entry %.100q: name: there are two of it", e.Name)
 		}
-		if strings.HasPrefix(queue, instanceQueuePrefix) {
-			f.add(name, fmt.Sprintf("has a queue %q; names that begin with %s are the instances' own", queue, instanceQueuePrefix), example)
+		names[e.Name] = true
+		if set == nil {
+			continue
 		}
-		if _, twice := queues[queue]; twice {
-			f.add(name, fmt.Sprintf("names the queue %q twice", queue), example)
-		}
-		queues[queue] = n
-	}
-	return queues
-}
-
-// secretParam matches the names of URL parameters whose values aren't shown.
-var secretParam = regexp.MustCompile(`(?i)pass|secret|token|key`)
-
-// redactURL returns the URL with its password, and what else may be secret in
-// it, replaced by ***.
-func redactURL(raw string) string {
-	if raw == "" {
-		return ""
-	}
-	u, err := url.Parse(raw)
-	if err != nil {
-		// Several hosts with ports are no authority to net/url.
-		if scheme, rest, ok := strings.Cut(raw, "://"); ok {
-			host := rest[strings.LastIndexByte(rest, '@')+1:]
-			host, _, _ = strings.Cut(host, "?")
-			return scheme + "://***@" + host
-		}
-		return "***"
-	}
-	if _, has := u.User.Password(); has {
-		u.User = url.UserPassword(u.User.Username(), "***")
-	}
-	if q := u.Query(); u.RawQuery != "" {
-		for name := range q {
-			if secretParam.MatchString(name) {
-				q.Set(name, "***")
-				u.RawQuery = q.Encode()
-			}
+		if _, err := set.Lookup(e.Payload.Kind()); err != nil {
+			add("Schedules: entry %.100q: kind: %w", e.Name, err)
 		}
 	}
-	return strings.ReplaceAll(u.String(), "%2A%2A%2A", "***")
+	if len(c.Queues) == 0 {
+		add("Queues: there is none; nil means the default ones")
+	}
+	for _, queue := range slices.Sorted(maps.Keys(c.Queues)) {
+		if !asynqwire.IsQueueName(queue) {
+			add("Queues: %q is no queue's name: 1 to 100 letters, digits, and _ . : -", queue)
+		}
+		if strings.HasPrefix(queue, instance.QueuePrefix) {
+			add("Queues: %q: names that begin with %s are the instances' own", queue, instance.QueuePrefix)
+		}
+		if weight := c.Queues[queue]; weight < 1 || weight > maxWeight {
+			add("Queues: %q has the weight %d, which is not from 1 to %d", queue, weight, maxWeight)
+		}
+	}
+	if c.Concurrency < 1 || c.Concurrency > MaxConcurrency {
+		add("Concurrency: %d is not from 1 to %d", c.Concurrency, MaxConcurrency)
+	}
+	if c.Fetchers < 1 || c.Fetchers > MaxFetchers {
+		add("Fetchers: %d is not from 1 to %d", c.Fetchers, MaxFetchers)
+	}
+	if c.ValidateEvery < time.Second {
+		add("ValidateEvery: %s is less than 1s", c.ValidateEvery)
+	}
+	if _, err := outbound.New(c.OutboundAllow); err != nil {
+		add("OutboundAllow: %w", err)
+	}
+	return errors.Join(faults...)
+}
+
+// stopGrace is what stopping may take beyond the time that jobs are given. It is
+// needed when Redis doesn't answer.
+const stopGrace = 5 * time.Second
+
+// StopsWithin is how long after the end of its context [Run] has returned, if no handler
+// ignores the end of its own and the servers answer.
+func (c Config) StopsWithin() time.Duration {
+	return c.withDefaults().ShutdownTimeout + delivery.EndingGrace + stopGrace
 }

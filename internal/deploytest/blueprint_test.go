@@ -92,7 +92,7 @@ func checkBlueprint(t testing.TB, data string) (faults []string) {
 	if err != nil {
 		return []string{err.Error()}
 	}
-	all := programs(t)
+	worker := theWorker(t)
 	names, regions := make(map[string]string), make(map[string]bool)
 	name := func(kind, name string) {
 		if name == "" || names[name] != "" {
@@ -125,7 +125,7 @@ func checkBlueprint(t testing.TB, data string) (faults []string) {
 		switch s.Type {
 		case "worker":
 			workers++
-			for _, f := range checkWorker(t, all, s, names) {
+			for _, f := range checkWorker(t, worker, s, names) {
 				fault("%s: %s", s.Name, f)
 			}
 		case "keyvalue":
@@ -148,7 +148,7 @@ func checkBlueprint(t testing.TB, data string) (faults []string) {
 	return faults
 }
 
-func checkWorker(t testing.TB, all map[string]program, s service, kinds map[string]string) (faults []string) {
+func checkWorker(t testing.TB, worker program, s service, kinds map[string]string) (faults []string) {
 	t.Helper()
 	fault := func(format string, args ...any) { faults = append(faults, fmt.Sprintf(format, args...)) }
 	if s.Plan == "" || s.Plan == "free" {
@@ -170,7 +170,7 @@ func checkWorker(t testing.TB, all map[string]program, s service, kinds map[stri
 		if command == "" {
 			continue
 		}
-		if f := checkCommand(all, strings.Fields(command)); f != "" {
+		if f := checkCommand(worker, strings.Fields(command)); f != "" {
 			fault("%s", f)
 		}
 	}
@@ -186,12 +186,12 @@ func checkWorker(t testing.TB, all map[string]program, s service, kinds map[stri
 			values[v.Key] = v.Value.Value
 		}
 	}
-	for _, f := range checkSettings(all["worker"], keys, "DATABASE_URL", "REDIS_URL") {
+	for _, f := range checkSettings(worker.commands["run"], keys, "DATABASE_URL", "REDIS_URL") {
 		fault("%s", f)
 	}
 
 	delay := time.Duration(s.MaxShutdownDelaySeconds) * time.Second
-	if needs := stopsWithin(t, all["worker"], values["WORKER_SHUTDOWN_TIMEOUT"]); delay <= needs || s.MaxShutdownDelaySeconds > 300 {
+	if needs := stopsWithin(t, worker.commands["run"], values["WORKER_SHUTDOWN_TIMEOUT"]); delay <= needs || s.MaxShutdownDelaySeconds > 300 {
 		fault("maxShutdownDelaySeconds is %d, but must be above %s and at most 300", s.MaxShutdownDelaySeconds, needs)
 	}
 	// A deploy runs the old and the new instances side by side; databases below
@@ -205,7 +205,7 @@ func checkWorker(t testing.TB, all map[string]program, s service, kinds map[stri
 	for _, name := range []string{"DB_POOL_SIZE", "DB_MAX_OVERFLOW"} {
 		value, ok := values[name]
 		if !ok {
-			value = all["worker"].settings[name]
+			value = worker.commands["run"][name]
 		}
 		n, err := strconv.Atoi(value)
 		if err != nil {

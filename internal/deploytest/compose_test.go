@@ -65,7 +65,7 @@ func checkCompose(t testing.TB, data string) (faults []string) {
 	if err != nil {
 		return []string{err.Error()}
 	}
-	all := programs(t)
+	worker := theWorker(t)
 	for _, name := range slices.Sorted(maps.Keys(c.Services)) {
 		s := c.Services[name]
 		for _, f := range checkComposeService(c, s) {
@@ -74,7 +74,7 @@ func checkCompose(t testing.TB, data string) (faults []string) {
 		if s.Build == "" {
 			continue
 		}
-		for _, f := range checkOurService(t, all, c, s) {
+		for _, f := range checkOurService(t, worker, c, s) {
 			fault("%s: %s", name, f)
 		}
 	}
@@ -127,20 +127,20 @@ func checkComposeService(c composeFile, s composeService) (faults []string) {
 }
 
 // checkOurService checks a service that runs our image.
-func checkOurService(t testing.TB, all map[string]program, c composeFile, s composeService) (faults []string) {
+func checkOurService(t testing.TB, worker program, c composeFile, s composeService) (faults []string) {
 	t.Helper()
 	fault := func(format string, args ...any) { faults = append(faults, fmt.Sprintf(format, args...)) }
-	if f := checkCommand(all, s.Command); f != "" {
+	if f := checkCommand(worker, s.Command); f != "" {
 		return []string{f}
 	}
 	command := strings.Join(s.Command, " ")
 	required := map[string][]string{
-		"worker run": {"DATABASE_URL", "REDIS_URL"}, "worker migrate": {"DATABASE_URL"}, "monitor": {"REDIS_URL", "MONITOR_ADDR", "MONITOR_PASSWORD"},
+		"worker run": {"DATABASE_URL", "REDIS_URL"}, "worker migrate": {"DATABASE_URL"}, "worker monitor": {"REDIS_URL", "MONITOR_ADDR", "MONITOR_PASSWORD"},
 	}[command]
 	if required == nil {
 		fault("what does %q need?", command)
 	}
-	for _, f := range checkSettings(all[s.Command[0]], slices.Sorted(maps.Keys(s.Environment)), required...) {
+	for _, f := range checkSettings(worker.commands[s.Command[1]], slices.Sorted(maps.Keys(s.Environment)), required...) {
 		fault("%s", f)
 	}
 	for _, file := range s.EnvFile {
@@ -164,10 +164,10 @@ func checkOurService(t testing.TB, all map[string]program, c composeFile, s comp
 			fault("it does not wait for migrate and redis")
 		}
 		grace, err := time.ParseDuration(s.StopGracePeriod)
-		if needs := stopsWithin(t, all["worker"], interpolated(s.Environment["WORKER_SHUTDOWN_TIMEOUT"])); err != nil || grace <= needs {
+		if needs := stopsWithin(t, worker.commands["run"], interpolated(s.Environment["WORKER_SHUTDOWN_TIMEOUT"])); err != nil || grace <= needs {
 			fault("stop_grace_period %q must be above %s", s.StopGracePeriod, needs)
 		}
-	case "monitor":
+	case "worker monitor":
 		_, port, err := net.SplitHostPort(s.Environment["MONITOR_ADDR"])
 		if err != nil || len(s.Ports) != 1 || !strings.HasSuffix(s.Ports[0], ":"+port) {
 			fault("it listens on %s, but %q is published", s.Environment["MONITOR_ADDR"], s.Ports)
@@ -219,8 +219,10 @@ func TestCompose_FaultsAreFound(t *testing.T) {
 	good := read(t, "docker-compose.yml")
 	for _, tc := range []struct{ old, new, want string }{
 		{`command: ["worker", "run"]`, `command: ["worker", "start"]`, `"worker start" is no command`},
-		{`command: ["monitor"]`, `command: ["asynqmon"]`, `"asynqmon" is no program of the image`},
-		{`command: ["monitor"]`, `command: ["monitor", "serve"]`, `"monitor serve" is no command`},
+		{`command: ["worker", "monitor"]`, `command: ["asynqmon"]`, `"asynqmon" is no program of the image`},
+		{`command: ["worker", "monitor"]`, `command: ["monitor"]`, `"monitor" is no program of the image`},
+		{`command: ["worker", "monitor"]`, `command: ["worker", "monitor", "serve"]`, `"worker monitor serve" is no command`},
+		{"      LOG_LEVEL: ${", "      MONITOR_ADDR: ${", "MONITOR_ADDR is no setting"},
 		{"      LOG_LEVEL: ${", "      LOGLEVEL: ${", "LOGLEVEL is no setting"},
 		{"MONITOR_PASSWORD: ${MONITOR_PASSWORD:-carpool}", "MONITOR_READ_ONLY: true", "MONITOR_PASSWORD is not set"},
 		{"- 127.0.0.1:8080:8080", "- 8080:8080", "can be reached from other machines"},

@@ -70,16 +70,13 @@ func checkDockerfile(t testing.TB, data string) (faults []string) {
 	if modules < 0 || source < modules || slices.Index(order[:max(modules, 0)], "COPY go.mod go.sum ./") < 0 {
 		fault("the modules are not in a layer of their own: %q", order)
 	}
-	programs := programs(t)
+	worker := theWorker(t)
 	command := the(build, "RUN")
-	if !strings.HasPrefix(command, "CGO_ENABLED=0 go build ") || !strings.Contains(command, " -o /out/ ./worker ./monitor") {
+	if !strings.HasPrefix(command, "CGO_ENABLED=0 go build ") || !strings.Contains(command, " -o /out/ ./cmd/worker") {
 		fault("it builds with %q", command)
 	}
-	version := regexp.MustCompile(`-X main\.(\w+)=\$\{VERSION:-\$\{RENDER_GIT_COMMIT:-\w+\}\}`).FindStringSubmatch(command)
-	for name, p := range programs {
-		if version == nil || !regexp.MustCompile(`(?m)^var `+version[1]+` string$`).MatchString(p.source) {
-			fault("%s does not learn its version: %q", name, command)
-		}
+	if !setsVersion(worker, command, `\$\{VERSION:-\$\{RENDER_GIT_COMMIT:-\w+\}\}`) {
+		fault("the worker does not learn its version: %q", command)
 	}
 	for _, arg := range []string{"ARG VERSION", "ARG RENDER_GIT_COMMIT"} {
 		if !slices.Contains(order, arg) {
@@ -101,14 +98,14 @@ func checkDockerfile(t testing.TB, data string) (faults []string) {
 	var words []string
 	if err := json.Unmarshal([]byte(the(final, "CMD")), &words); err != nil {
 		fault("CMD %s: a shell would stand between the worker and its signals", the(final, "CMD"))
-	} else if f := checkCommand(programs, words); f != "" {
+	} else if f := checkCommand(worker, words); f != "" {
 		fault("CMD: %s", f)
 	}
 	if the(final, "STOPSIGNAL") != "SIGTERM" {
 		fault("STOPSIGNAL is %q", the(final, "STOPSIGNAL"))
 	}
-	if !slices.Contains(final, instruction{"COPY", "--from=build /out/worker /out/monitor /usr/local/bin/"}) {
-		fault("the programs are not on the PATH")
+	if !slices.Contains(final, instruction{"COPY", "--from=build /out/worker /usr/local/bin/"}) {
+		fault("the program is not on the PATH")
 	}
 	for _, file := range []string{"ca-certificates", "tzdata"} {
 		if !strings.Contains(the(final, "RUN"), file) {
@@ -116,6 +113,21 @@ func checkDockerfile(t testing.TB, data string) (faults []string) {
 		}
 	}
 	return faults
+}
+
+// setsVersion reports whether a command that builds sets the variable of package cli that
+// holds the version. value is a regular expression.
+func setsVersion(worker program, command, value string) bool {
+	set := regexp.MustCompile(`-X github\.com/carpool-go/carpool/worker/cli\.(\w+)=` + value).FindStringSubmatch(command)
+	return set != nil && slices.Contains(worker.variables, set[1])
+}
+
+func TestMakefile_BuildsTheWorkerWithItsVersion(t *testing.T) {
+	t.Parallel()
+	command := regexp.MustCompile(`(?m)^build:.*\n\t(.* \./cmd/worker)$`).FindStringSubmatch(read(t, "Makefile"))
+	if command == nil || !setsVersion(theWorker(t), command[1], `\$\(VERSION\)`) {
+		t.Errorf("the worker does not learn its version: %q", command)
+	}
 }
 
 func TestDockerfile_HoldsTogether(t *testing.T) {
@@ -136,8 +148,8 @@ func TestDockerfile_FaultsAreFound(t *testing.T) {
 		{"FROM alpine:3.22", "FROM alpine", "changes by itself"},
 		{"golang:1.26-alpine", "golang:1.25-alpine", "go.mod wants"},
 		{"RUN go mod download\n", "", "layer of their own"},
-		{"./worker ./monitor", "./worker", "it builds with"},
-		{"main.buildVersion", "main.version", "does not learn its version"},
+		{"./cmd/worker", "./worker", "it builds with"},
+		{"cli.buildVersion", "cli.version", "does not learn its version"},
 		{"ARG VERSION\n", "", "ARG VERSION is missing"},
 		{`CMD ["worker", "run"]`, "CMD worker run", "a shell would stand"},
 		{`CMD ["worker", "run"]`, `CMD ["worker", "serve"]`, `"worker serve" is no command`},
@@ -170,7 +182,7 @@ func TestDockerignore_LeavesOutNothingThatIsBuilt(t *testing.T) {
 			t.Errorf("%s gets into the image's build", secret)
 		}
 	}
-	if isIgnored(t, ignored, "worker/main.go") || !isIgnored(t, ignored, "worker/main_test.go") || !isIgnored(t, ignored, "dev/data/x.csv") {
+	if isIgnored(t, ignored, "worker/run.go") || !isIgnored(t, ignored, "worker/run_test.go") || !isIgnored(t, ignored, "dev/data/x.csv") {
 		t.Error("isIgnored itself is wrong")
 	}
 
@@ -180,7 +192,7 @@ func TestDockerignore_LeavesOutNothingThatIsBuilt(t *testing.T) {
 	}
 	list := exec.Command("go", "list", "-deps", "-f",
 		`{{if not .Standard}}{{$dir := .Dir}}{{range .GoFiles}}{{$dir}}/{{.}}{{"\n"}}{{end}}{{range .EmbedFiles}}{{$dir}}/{{.}}{{"\n"}}{{end}}{{end}}`,
-		"./worker", "./monitor")
+		"./cmd/worker")
 	list.Dir = root
 	list.Env = append(list.Environ(), "CGO_ENABLED=0", "GOOS=linux")
 	out, err := list.Output()
@@ -193,8 +205,8 @@ func TestDockerignore_LeavesOutNothingThatIsBuilt(t *testing.T) {
 			files = append(files, filepath.ToSlash(rel))
 		}
 	}
-	if !slices.Contains(files, "worker/main.go") || !slices.Contains(files, "monitor/main.go") {
-		t.Fatalf("go list does not name what the programs are made of: %q", files)
+	if !slices.Contains(files, "cmd/worker/main.go") || !slices.Contains(files, "monitor/monitor.go") {
+		t.Fatalf("go list does not name what the program is made of: %q", files)
 	}
 	for _, file := range files {
 		if isIgnored(t, ignored, file) {

@@ -5,11 +5,11 @@ import (
 	"go/ast"
 	"go/parser"
 	"go/token"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"reflect"
-	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -17,6 +17,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/carpool-go/carpool/worker"
 )
 
 const root = "../.."
@@ -30,98 +32,143 @@ func read(t testing.TB, name string) string {
 	return string(data)
 }
 
-// program is what the source of a binary says of its command line.
+// program is what the source of the worker says of its command line.
 type program struct {
-	// settings are the variables it knows, with their defaults.
-	settings map[string]string
-	commands []string
-	source   string
+	// commands are the settings of each command, by its name.
+	commands map[string]settings
+	// variables are the package's string variables without a value, which a
+	// build may set.
+	variables []string
 }
 
-// programs reads the source of worker and monitor.
-func programs(t testing.TB) map[string]program {
+// settings are the variables that a command knows, with their defaults.
+type settings map[string]string
+
+// theWorker reads the source of the worker: its commands, and the settings of the
+// ready-made tasks, which are those of kong.Plugins.
+func theWorker(t testing.TB) program {
 	t.Helper()
-	all := make(map[string]program)
-	for _, name := range []string{"worker", "monitor"} {
-		p := program{settings: make(map[string]string)}
-		files, err := filepath.Glob(filepath.Join(root, name, "*.go"))
+	p := program{commands: make(map[string]settings)}
+	cli, builtin := parse(t, "worker/cli"), parse(t, "tasks/builtin")
+	commands := cli.structs["commands"]
+	if commands == nil {
+		t.Fatal("worker/cli has no struct commands any more: where are its commands?")
+	}
+	for _, field := range commands.Fields.List {
+		if _, ok := tagOf(field).Lookup("cmd"); !ok {
+			continue
+		}
+		known := make(settings)
+		cli.addSettings(known, field.Type, func() { builtin.addSettings(known, ast.NewIdent("Tasks"), nil) })
+		p.commands[strings.ToLower(field.Names[0].Name)] = known
+	}
+	for command, setting := range map[string]string{"run": "IMPORT_DIR", "migrate": "DATABASE_URL", "monitor": "MONITOR_ADDR"} {
+		if _, ok := p.commands[command][setting]; !ok {
+			t.Fatalf("the worker's commands are %q: %s has no setting %s", p.commands, command, setting)
+		}
+	}
+	p.variables = cli.variables
+	return p
+}
+
+// source is one package's: its structs by name, and its variables as [program] has them.
+type source struct {
+	structs   map[string]*ast.StructType
+	variables []string
+}
+
+func parse(t testing.TB, dir string) source {
+	t.Helper()
+	s := source{structs: make(map[string]*ast.StructType)}
+	files, err := filepath.Glob(filepath.Join(root, dir, "*.go"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range files {
+		if strings.HasSuffix(file, "_test.go") {
+			continue
+		}
+		parsed, err := parser.ParseFile(token.NewFileSet(), file, nil, 0)
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, file := range files {
-			if strings.HasSuffix(file, "_test.go") {
-				continue
+		ast.Inspect(parsed, func(n ast.Node) bool {
+			switch n := n.(type) {
+			case *ast.FuncDecl:
+				return false
+			case *ast.TypeSpec:
+				if of, ok := n.Type.(*ast.StructType); ok {
+					s.structs[n.Name.Name] = of
+				}
+			case *ast.ValueSpec:
+				if typ, ok := n.Type.(*ast.Ident); ok && typ.Name == "string" && n.Values == nil {
+					s.variables = append(s.variables, n.Names[0].Name)
+				}
 			}
-			data, err := os.ReadFile(file)
-			if err != nil {
-				t.Fatal(err)
-			}
-			p.source += string(data)
-			parsed, err := parser.ParseFile(token.NewFileSet(), file, data, 0)
-			if err != nil {
-				t.Fatal(err)
-			}
-			p.readTags(parsed)
-		}
-		if len(p.settings) == 0 {
-			t.Fatalf("%s has no field with the tag env", name)
-		}
-		all[name] = p
+			return true
+		})
 	}
-	if !slices.Contains(all["worker"].commands, "run") {
-		t.Fatalf("the worker's commands are %q: no field has the tag cmd", all["worker"].commands)
-	}
-	return all
+	return s
 }
 
-// readTags looks for kong's tags env, default and cmd.
-func (p *program) readTags(file *ast.File) {
-	ast.Inspect(file, func(n ast.Node) bool {
-		field, ok := n.(*ast.Field)
-		if !ok || field.Tag == nil {
-			return true
-		}
-		text, err := strconv.Unquote(field.Tag.Value)
-		if err != nil {
-			return true
-		}
-		tag := reflect.StructTag(text)
+// addSettings looks for the tags env and default of a struct, of those embedded in it,
+// and of its subcommands. It calls plugins where the struct has a field of kong.Plugins.
+func (s source) addSettings(to settings, of ast.Expr, plugins func()) {
+	name, ok := of.(*ast.Ident)
+	if !ok || s.structs[name.Name] == nil {
+		return
+	}
+	for _, field := range s.structs[name.Name].Fields.List {
+		tag := tagOf(field)
 		if name := tag.Get("env"); name != "" {
-			p.settings[name] = tag.Get("default")
-			if typ, ok := field.Type.(*ast.Ident); ok && typ.Name == "bool" && p.settings[name] == "" {
-				p.settings[name] = "false"
+			to[name] = tag.Get("default")
+			if typ, ok := field.Type.(*ast.Ident); ok && (typ.Name == "bool" || typ.Name == "onOff") && to[name] == "" {
+				to[name] = "false"
 			}
+			continue
 		}
-		if _, ok := tag.Lookup("cmd"); ok {
-			p.commands = append(p.commands, strings.ToLower(field.Names[0].Name))
+		_, isCommand := tag.Lookup("cmd")
+		_, isEmbedded := tag.Lookup("embed")
+		if !isCommand && !isEmbedded && len(field.Names) > 0 {
+			continue
 		}
-		return true
-	})
+		if typ, ok := field.Type.(*ast.SelectorExpr); ok && typ.Sel.Name == "Plugins" && plugins != nil {
+			plugins()
+		}
+		s.addSettings(to, field.Type, plugins)
+	}
+}
+
+func tagOf(field *ast.Field) reflect.StructTag {
+	if field.Tag == nil {
+		return ""
+	}
+	text, err := strconv.Unquote(field.Tag.Value)
+	if err != nil {
+		return ""
+	}
+	return reflect.StructTag(text)
 }
 
 // checkCommand returns what is wrong with the words of a command, which is to
 // run in the image.
-func checkCommand(all map[string]program, words []string) (fault string) {
-	if len(words) == 0 {
-		return "there is no command"
-	}
-	p, ok := all[words[0]]
+func checkCommand(p program, words []string) (fault string) {
 	switch {
-	case !ok:
+	case len(words) == 0:
+		return "there is no command"
+	case words[0] != "worker":
 		return fmt.Sprintf("%q is no program of the image", words[0])
-	case len(p.commands) == 0 && len(words) == 1:
-		return ""
-	case len(p.commands) > 0 && len(words) == 2 && slices.Contains(p.commands, words[1]):
+	case len(words) == 2 && p.commands[words[1]] != nil:
 		return ""
 	}
-	return fmt.Sprintf("%q is no command; the commands of %s are %q", strings.Join(words, " "), words[0], p.commands)
+	return fmt.Sprintf("%q is no command; the commands of %s are %q", strings.Join(words, " "), words[0], slices.Sorted(maps.Keys(p.commands)))
 }
 
-// checkSettings returns what is wrong with the names of variables that the
-// program is given.
-func checkSettings(p program, names []string, required ...string) (faults []string) {
+// checkSettings returns what is wrong with the names of variables that a
+// command is given.
+func checkSettings(known settings, names []string, required ...string) (faults []string) {
 	for _, name := range names {
-		if _, ok := p.settings[name]; !ok {
+		if _, ok := known[name]; !ok {
 			faults = append(faults, fmt.Sprintf("%s is no setting", name))
 		}
 	}
@@ -135,24 +182,19 @@ func checkSettings(p program, names []string, required ...string) (faults []stri
 
 // stopsWithin is how long after SIGTERM the worker has ended at the latest, with
 // the given WORKER_SHUTDOWN_TIMEOUT; "" means its default.
-func stopsWithin(t testing.TB, worker program, timeout string) time.Duration {
+func stopsWithin(t testing.TB, known settings, timeout string) time.Duration {
 	t.Helper()
 	if timeout == "" {
-		timeout = worker.settings["WORKER_SHUTDOWN_TIMEOUT"]
+		timeout = known["WORKER_SHUTDOWN_TIMEOUT"]
 	}
-	total, err := time.ParseDuration(timeout)
+	d, err := time.ParseDuration(timeout)
 	if err != nil {
 		t.Fatalf("WORKER_SHUTDOWN_TIMEOUT: %v", err)
 	}
-	for _, name := range []string{"endingGrace", "stopGrace"} {
-		found := regexp.MustCompile(`\b` + name + `\s*=\s*(\d+) \* time\.Second`).FindStringSubmatch(worker.source)
-		if found == nil {
-			t.Fatalf("the worker has no constant %s, in seconds, any more: what does its end take now?", name)
-		}
-		seconds, _ := strconv.Atoi(found[1])
-		total += time.Duration(seconds) * time.Second
+	if d == 0 {
+		d = -1 // none, in worker.Config
 	}
-	return total
+	return worker.Config{ShutdownTimeout: d}.StopsWithin()
 }
 
 // buildDir is where buildWorker builds; TestMain removes it.
@@ -163,7 +205,7 @@ var buildWorker = sync.OnceValues(func() (path string, err error) {
 	if runtime.GOOS == "windows" {
 		path += ".exe"
 	}
-	cmd := exec.Command("go", "build", "-o", path, "./worker")
+	cmd := exec.Command("go", "build", "-o", path, "./cmd/worker")
 	cmd.Dir = root
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build the worker: %w\n%s", err, out)

@@ -8,12 +8,12 @@ import (
 	"testing"
 )
 
-// defaults are all settings of both programs.
-func defaults(t testing.TB) map[string]string {
+// defaults are the settings of all commands.
+func defaults(t testing.TB) settings {
 	t.Helper()
-	all := make(map[string]string)
-	for _, p := range programs(t) {
-		maps.Copy(all, p.settings)
+	all := make(settings)
+	for _, known := range theWorker(t).commands {
+		maps.Copy(all, known)
 	}
 	return all
 }

@@ -1,8 +1,11 @@
 // Package pgtext makes text of any origin one that Postgres takes in a column of
-// type text: valid UTF-8 without a NUL.
+// type text: valid UTF-8 without a NUL. It knows how long a name may be, too.
 package pgtext
 
 import "strings"
+
+// MaxIdentifier is how many bytes of a name Postgres keeps (NAMEDATALEN - 1).
+const MaxIdentifier = 63
 
 // Clean returns s with a question mark in the place of each NUL, and of each run
 // of bytes that isn't UTF-8.

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/jackc/pgerrcode"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgtype"
@@ -78,11 +79,12 @@ func classify(err error) error {
 	if !ok {
 		return err
 	}
-	switch class := e.Code[:2]; {
-	case e.Code == "42P01": // a partition that was dropped meanwhile
-	case class == "23", class == "42": // integrity constraints; access and definitions
+	of := func(class string) bool { return strings.HasPrefix(e.Code, class[:2]) }
+	switch {
+	case e.Code == pgerrcode.UndefinedTable: // a partition that was dropped meanwhile
+	case of(pgerrcode.IntegrityConstraintViolation), of(pgerrcode.SyntaxErrorOrAccessRuleViolation):
 		return &PermanentError{err}
-	case class == "P0": // its text is the trigger's own, and may quote the row
+	case of(pgerrcode.PLpgSQLError): // its text is the trigger's own, and may quote the row
 		return &PermanentError{&triggerError{e}}
 	}
 	return err

@@ -59,7 +59,7 @@ func Migrate(ctx context.Context, url string, log *slog.Logger) error {
 }
 
 // ErrBehind is wrapped by [Check]'s error for a database that lacks migrations.
-var ErrBehind = errors.New("the database lacks carpool's tables, or their newest form; run: worker migrate")
+var ErrBehind = errors.New("the database lacks carpool's tables, or their newest form; run the command migrate")
 
 // Check reports whether the database has every migration this
 // program was built with; if not, the error wraps [ErrBehind]. One that has newer ones is fine: it is a deploy's

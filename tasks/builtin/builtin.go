@@ -1,8 +1,11 @@
-// Package builtin is the ready-made kinds of job, with the settings they need:
-// csv:import, webhook:deliver and rows:prune.
+// Package builtin has the ready-made kinds of job in one group, with the settings they
+// need: csv:import, webhook:deliver and rows:prune. It is for programs that run a worker,
+// which add the group [Tasks] to their own:
 //
-// A program that runs a worker registers the group [Tasks], among its own. Programs
-// that only enqueue need the packages of the kinds instead.
+//	func main() { cli.Main(&builtin.Tasks{}, &shop.Tasks{}) }
+//
+// Services that only enqueue use the packages of the kinds: csvimport, webhook and
+// rowsprune.
 package builtin
 
 import (
@@ -19,13 +22,14 @@ import (
 
 // Tasks is the group of the ready-made kinds. Its fields are their settings; they are
 // read when a job runs, so they may be set after the group was registered and before
-// the first job. The zero value works: what needs a setting then says so when it runs.
+// the first job. The zero value works: a job that needs a setting is archived, and its
+// reason names the variable.
 type Tasks struct {
 	// ImportDir is the folder below which csv:import may read files; "" refuses
-	// them all.
+	// them all. It must exist when the program starts.
 	ImportDir string `env:"IMPORT_DIR" placeholder:"DIR" help:"csv:import may read file: sources below this folder; unset, it refuses them."`
-	// WebhookSecret signs webhooks: "whsec_" and base64. "" refuses to deliver
-	// any.
+	// WebhookSecret signs what webhook:deliver sends: "whsec_" and base64 of 24 to 64
+	// bytes. "" refuses to deliver any.
 	WebhookSecret string `env:"WEBHOOK_SECRET" secret:"" placeholder:"whsec_…" help:"webhook:deliver signs with this; unset, it refuses to deliver."`
 }
 
@@ -45,7 +49,8 @@ func (t *Tasks) deliverWebhook(ctx context.Context, job *tasks.Job, p webhook.De
 }
 
 // Check returns what is wrong with the settings, every fault at once, joined by
-// [errors.Join]. A fault names its variable and an example, and never shows a secret.
+// [errors.Join]; nil if nothing is. A fault names its variable and an example, and shows
+// no secret. The command line calls it before a worker starts.
 func (t *Tasks) Check() error {
 	var faults []error
 	if t.ImportDir != "" {

@@ -16,7 +16,10 @@ func TestMain(m *testing.M) { taskstest.Main(m) }
 
 func TestTasks_EveryExampleIsValid(t *testing.T) {
 	t.Parallel()
-	set := tasks.NewSet(new(builtin.Tasks), new(maintenance.Tasks))
+	set, err := tasks.NewSet(new(builtin.Tasks), new(maintenance.Tasks))
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, kind := range set.Kinds() {
 		task, err := set.Lookup(kind)
 		if err != nil {
@@ -37,7 +40,11 @@ func TestTasks_ReadTheirSettingsWhenTheyRun(t *testing.T) {
 	t.Parallel()
 	kit := taskstest.New(t)
 	var group builtin.Tasks
-	task, err := tasks.NewSet(&group).Lookup("csv:import")
+	set, err := tasks.NewSet(&group)
+	if err != nil {
+		t.Fatal(err)
+	}
+	task, err := set.Lookup("csv:import")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -8,6 +8,8 @@ import (
 	"time"
 	"unicode"
 	"unicode/utf8"
+
+	"github.com/carpool-go/carpool/internal/pgtext"
 )
 
 // typeSet is a set of the types a CSV column may be given. Text is not among
@@ -342,9 +344,6 @@ func daysIn(year int, month time.Month) int {
 	return time.Date(year, month+1, 0, 0, 0, 0, 0, time.UTC).Day()
 }
 
-// maxIdentifier is how many bytes of a name Postgres keeps (NAMEDATALEN - 1).
-const maxIdentifier = 63
-
 // systemColumns are names that every table has already.
 var systemColumns = []string{"tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"}
 
@@ -378,7 +377,7 @@ func columnNames(header []string) []string {
 		n := max(next[base], 2)
 		for ; taken[names[i]]; n++ {
 			suffix := "_" + strconv.Itoa(n)
-			names[i] = cutTo(base, maxIdentifier-len(suffix)) + suffix
+			names[i] = cutTo(base, pgtext.MaxIdentifier-len(suffix)) + suffix
 		}
 		next[base] = n
 		taken[names[i]] = true
@@ -402,14 +401,14 @@ func columnName(field string, n int) string {
 			b.WriteByte('_')
 		}
 		b.WriteRune(unicode.ToLower(r))
-		if b.Len() > maxIdentifier {
+		if b.Len() > pgtext.MaxIdentifier {
 			break
 		}
 	}
 	if b.Len() == 0 {
 		return "column_" + strconv.Itoa(n)
 	}
-	return cutTo(b.String(), maxIdentifier)
+	return cutTo(b.String(), pgtext.MaxIdentifier)
 }
 
 // cutTo shortens s to at most n bytes, by whole characters.

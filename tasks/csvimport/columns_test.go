@@ -13,6 +13,8 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"pgregory.net/rapid"
+
+	"github.com/carpool-go/carpool/internal/pgtext"
 )
 
 func TestTypes_AreThoseAValueFitsWithoutLosingAnything(t *testing.T) {
@@ -284,7 +286,7 @@ func FuzzColumnNames(f *testing.F) {
 		header := strings.Split(strings.ToValidUTF8(s, ""), ",")
 		seen := map[string]bool{}
 		for i, name := range columnNames(header) {
-			if !plainName.MatchString(name) || !utf8.ValidString(name) || len(name) > maxIdentifier || isDigit(name[0]) {
+			if !plainName.MatchString(name) || !utf8.ValidString(name) || len(name) > pgtext.MaxIdentifier || isDigit(name[0]) {
 				t.Errorf("%q became %q, which isn't a name", header[i], name)
 			}
 			if seen[name] || slices.Contains(systemColumns, name) {

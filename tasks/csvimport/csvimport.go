@@ -1,8 +1,8 @@
-// Package csvimport is the kind of job csv:import, which streams a CSV file from the
-// web, or from a folder of the worker, into a table of Postgres.
+// Package csvimport has the kind of job csv:import, which streams a CSV file from the
+// web, or from a folder of the worker, into a table of Postgres. It is for services that
+// enqueue such jobs: [Import] is the payload, and [Result] what comes of it.
 //
-// A program that enqueues such jobs uses [Import]. Workers have the kind with the
-// group of package builtin; a worker that wants it alone registers
+// Workers have the kind with the group of package builtin. A group of one's own registers
 // [Importer.Handle] with [tasks.RegisterOnce].
 package csvimport
 
@@ -21,7 +21,8 @@ import (
 	"github.com/carpool-go/carpool/tasks"
 )
 
-// Import imports a CSV file into a table of the schema imports.
+// Import is the payload of csv:import, which imports a CSV file into a table of the schema
+// imports.
 //
 // The first line names the columns; their names are made fit for SQL. The types
 // are what every value of the file fits without losing anything: bigint, double
@@ -39,15 +40,21 @@ import (
 // soundly as those of a new table, for types outside the list above as Postgres
 // takes them. A table that doesn't exist is created.
 type Import struct {
+	// Source is the file's URL: https://…, http://…, or file:///… for a path below the
+	// worker's IMPORT_DIR.
 	Source string `json:"source" doc:"where the CSV is: https://…, http://…, or file:///… (below IMPORT_DIR)" example:"file:///seattle-weather.csv"`
-	Table  string `json:"table" doc:"the table, in the schema imports" example:"weather"`
-	Mode   string `json:"mode" doc:"replace the table, or append to it" example:"replace"`
+	// Table is the table's name in the schema imports: small letters, digits and
+	// underscores, at most 63.
+	Table string `json:"table" doc:"the table, in the schema imports" example:"weather"`
+	// Mode is "replace" or "append".
+	Mode string `json:"mode" doc:"replace the table, or append to it" example:"replace"`
 }
 
 // Kind returns "csv:import".
 func (Import) Kind() string { return "csv:import" }
 
-// Options: a large file may take an hour, and the result stays for a day.
+// Options returns a timeout of an hour, because a large file may take that long, and a
+// retention of a day.
 func (Import) Options() tasks.Options {
 	return tasks.Options{Timeout: time.Hour, Retention: 24 * time.Hour}
 }
@@ -62,7 +69,7 @@ var (
 	errSource = errors.New("source: must be a URL that begins with https://, http:// or file:///")
 )
 
-// Validate checks the fields' form.
+// Validate returns what is wrong with the form of the fields.
 func (p Import) Validate() error {
 	u, err := url.Parse(p.Source)
 	if err != nil {
@@ -89,11 +96,12 @@ func (p Import) Validate() error {
 	return nil
 }
 
-// Result says what was imported.
+// Result is the result of csv:import.
 type Result struct {
 	// Table is the full name: imports.weather.
 	Table string `json:"table"`
-	Rows  int64  `json:"rows"`
+	// Rows is how many rows the file has, without the line that names the columns.
+	Rows int64 `json:"rows"`
 	// Bytes is the size of the file.
 	Bytes int64 `json:"bytes"`
 	// Columns are those of the file, in its order.
@@ -102,8 +110,9 @@ type Result struct {
 
 // Column is a column that a file was imported into.
 type Column struct {
+	// Name is the column's, made from that in the file.
 	Name string `json:"name"`
-	// Type is the name of its SQL type.
+	// Type is the name of the column's SQL type.
 	Type string `json:"type"`
 }
 
@@ -115,30 +124,30 @@ type progress struct {
 	Bytes int64  `json:"bytes"`
 }
 
-// Importer runs [Import] jobs. It reads URLs that the worker lets jobs call, see
-// [outbound.Client]. The zero value reads no files.
+// Importer runs csv:import. It reads from URLs that the worker lets jobs call (see
+// [outbound.Client]), and the zero value from nowhere else.
 type Importer struct {
-	// Dir is the folder below which files are read; "" refuses them.
+	// Dir is the folder below which file:///… is read; "" refuses all files.
 	Dir string
 
 	stall time.Duration // 0 = defaultStall
 }
 
-// Handle imports the file, or leaves the table as it was.
+// Handle imports the file, or leaves the table as it was. It is a handler for
+// [tasks.RegisterOnce].
 //
-// The file is read twice: types can't be known before its last row, and to hold
-// the rows back until then would take memory. The alternative, to COPY
-// everything as text and cast it on the server, would write each row there twice
-// and hold a connection while the network is waited for. So the first pass takes
-// no connection, and keeps what comes from a URL in a file below TMPDIR; the
-// memory used is that of the longest row.
+// It reads the file twice, because the types are known at the last row only. The first
+// pass takes no connection, and keeps what comes from a URL in a file below TMPDIR. The
+// second pass is the transaction of [tasks.Once], so that rows are appended once, however
+// often the job is delivered. The memory used is that of the longest row.
 //
-// What is wrong with the content, and a source that can't be had, is permanent; a
-// server in trouble, a download that is cut short and a lost database are not.
-//
-// The second pass is the transaction of [tasks.Once]: rows are appended once,
-// however often the job is delivered.
+// An error of the content, or of a source that can't be had, is permanent. After one of a
+// server in trouble, a download that is cut short or a lost database, the job is tried
+// again.
 func (i Importer) Handle(ctx context.Context, job *tasks.Job, p Import) (Result, error) {
+	// To hold the rows back until the types are known would take memory. To COPY everything
+	// as text and cast it on the server would write each row there twice, and hold a
+	// connection while the network is waited for.
 	src, err := i.open(ctx, p.Source)
 	if err != nil {
 		return Result{}, err

@@ -8,11 +8,13 @@ import (
 	"hash/maphash"
 	"io"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
 
+	"github.com/jackc/pgerrcode"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgtype"
@@ -133,8 +135,6 @@ func (l *loader) lockName(ctx context.Context, tx pgx.Tx) (exists bool, err erro
 	return l.exists(ctx, tx)
 }
 
-const lockNotAvailable = "55P03"
-
 // lockOut locks the table against everybody, when nobody uses it. It waits a
 // second at a time, with pauses: whoever comes while it waits has to wait too,
 // even to read, and it may be waiting for a report that takes an hour.
@@ -151,7 +151,7 @@ func (l *loader) lockOut(ctx context.Context, tx pgx.Tx) error {
 			_, err := savepoint.Exec(ctx, "LOCK TABLE "+importsTable(l.table)+" IN ACCESS EXCLUSIVE MODE")
 			return err
 		})
-		if e, ok := errors.AsType[*pgconn.PgError](err); !ok || e.Code != lockNotAvailable {
+		if e, ok := errors.AsType[*pgconn.PgError](err); !ok || e.Code != pgerrcode.LockNotAvailable {
 			if err == nil {
 				_, err = tx.Exec(ctx, "SELECT set_config('lock_timeout', $1, true)", timeout)
 			}
@@ -397,19 +397,21 @@ func (l *loader) wordError(ctx context.Context, err error) error {
 		return err
 	}
 	var text string
-	switch class := e.Code[:2]; {
-	case e.Code == "2BP01": // dependent objects
+	switch {
+	case e.Code == pgerrcode.DependentObjectsStillExist:
 		return tasks.Permanent(&databaseError{fmt.Sprintf("imports.%s can't be replaced, because other objects depend on it (%s); drop them first, or append",
 			l.table, strings.ReplaceAll(e.Detail, "\n", "; ")), err})
-	case e.Code == "22003":
+	case e.Code == pgerrcode.NumericValueOutOfRange:
 		text = "the value is out of the range of the column's type"
-	case e.Code == "22001":
+	case e.Code == pgerrcode.StringDataRightTruncationDataException:
 		text = "the value is too long for the column's type"
-	case class == "22":
+	case hasClass(e, pgerrcode.DataException):
 		text = "the value is not one of the column's type"
-	case class == "0A", class == "23", class == "42", class == "54":
-		text = e.Message // on features, constraints, definitions, limits; these name no values
-	case class == "21", class == "27", class == "44", class == "P0":
+	case hasClass(e, pgerrcode.FeatureNotSupported, pgerrcode.IntegrityConstraintViolation,
+		pgerrcode.SyntaxErrorOrAccessRuleViolation, pgerrcode.ProgramLimitExceeded):
+		text = e.Message // these name no values
+	case hasClass(e, pgerrcode.CardinalityViolation, pgerrcode.TriggeredDataChangeViolation,
+		pgerrcode.WithCheckOptionViolation, pgerrcode.PLpgSQLError):
 		text = "a trigger of the table refuses the row"
 	default:
 		return &databaseError{fmt.Sprintf("imports.%s: %s (SQLSTATE %s)", l.table, e.Message, e.Code), err}
@@ -425,10 +427,16 @@ func (l *loader) wordError(ctx context.Context, err error) error {
 			}
 		}
 	}
-	if e.Code == "42P01" { // the table was dropped meanwhile
+	if e.Code == pgerrcode.UndefinedTable { // the table was dropped meanwhile
 		return &databaseError{text, err}
 	}
 	return tasks.Permanent(&databaseError{text, err})
+}
+
+// hasClass reports whether an error is of one of these classes, each named by any of its
+// codes.
+func hasClass(e *pgconn.PgError, classes ...string) bool {
+	return slices.ContainsFunc(classes, func(class string) bool { return strings.HasPrefix(e.Code, class[:2]) })
 }
 
 // lineOf is the line on which the nth row begins, 0 if it can't be found.

@@ -1,5 +1,11 @@
-// Package maintenance is the kinds of job that carpool gives itself: pool:validate and
-// carpool:prune. Every worker has them; the worker registers them.
+// Package maintenance has the kinds of job that carpool gives itself: pool:validate, which
+// checks a worker's idle connections, and carpool:prune, which deletes what carpool's own
+// tables no longer need. It is for carpool's worker, which registers both and enqueues
+// them by the clock, so that nobody else has to: pool:validate is on a queue of each
+// instance's own, and another carpool:prune within the hour finds nothing left to do.
+//
+// A program uses it to schedule carpool:prune with another [Prune.Keep], or to read a
+// result.
 package maintenance
 
 import (
@@ -10,14 +16,14 @@ import (
 	"github.com/carpool-go/carpool/tasks"
 )
 
-// Tasks is the group of both kinds. Its fields are read when a job runs, so they may
-// be set after it was registered and before the first job.
+// Tasks is the group of both kinds, which a worker registers. Its fields are read when a
+// job runs, so they may be set after it was registered and before the first job.
 type Tasks struct {
-	// Redis is asked by carpool:prune which jobs there are; without it, that kind
-	// is registered and fails for good.
+	// Redis is where carpool:prune looks for jobs that may be delivered again; a job of
+	// that kind is archived if it is nil.
 	Redis redis.UniversalClient
-	// AfterValidate, if not nil, is called after each validation of the pool,
-	// whatever came of it, with the job's context.
+	// AfterValidate is called after each validation of the pool, whatever came of it, with
+	// the job's context; nil is nothing to call.
 	AfterValidate func(context.Context)
 }
 

@@ -4,21 +4,25 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
-	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/redis/go-redis/v9"
 
-	"github.com/carpool-go/carpool/internal/asynqkey"
+	"github.com/carpool-go/carpool/internal/asynqwire"
+	"github.com/carpool-go/carpool/internal/outbox"
 	"github.com/carpool-go/carpool/internal/prune"
 	"github.com/carpool-go/carpool/tasks"
 )
 
-// Prune deletes what carpool's own tables no longer need: records of transactional
-// jobs that can't be delivered again, and the webhooks' attempts of more than 30
-// days ago. It is idempotent: a run that was interrupted is simply begun anew.
+// Prune is the payload of carpool:prune, which deletes what carpool's own tables no longer
+// need: records of transactional jobs that can't be delivered again, and the webhooks'
+// attempts of more than 30 days ago. Workers schedule it once an hour. It is idempotent: a
+// run that was interrupted is simply begun anew.
 type Prune struct {
+	// Keep is how long the record of a job that is done is kept at least: days and Go's
+	// units, such as 30d, 1d12h or 90m; "" means 24h.
 	Keep string `json:"keep,omitempty" doc:"how long the record of a job that is done is kept at least; 24h if left out" example:"24h"`
 }
 
@@ -37,13 +41,14 @@ const (
 // Kind returns "carpool:prune".
 func (Prune) Kind() string { return "carpool:prune" }
 
-// Options: the first run on a large table may take long, the result stays for a
-// day, and what one run leaves undone the next one does.
+// Options returns a timeout of an hour, because the first run on a large table may take
+// long; a retention of a day; and few retries, because the next run does what this one
+// left undone.
 func (Prune) Options() tasks.Options {
 	return tasks.Options{MaxRetry: 3, Timeout: time.Hour, Retention: 24 * time.Hour}
 }
 
-// Validate checks the field's form.
+// Validate returns what is wrong with the form of Keep.
 func (p Prune) Validate() error {
 	if _, err := p.keep(); err != nil {
 		return fmt.Errorf("keep: %w", err)
@@ -58,11 +63,12 @@ func (p Prune) keep() (time.Duration, error) {
 	return prune.ParseAge(p.Keep)
 }
 
-// PruneResult says what was deleted.
+// PruneResult is the result of carpool:prune.
 type PruneResult struct {
-	// Jobs is how many records of carpool.jobs_done were deleted, and Needed how
-	// many were old enough but are kept, as their jobs may be delivered again.
-	Jobs   int64 `json:"jobs"`
+	// Jobs is how many records of carpool.jobs_done were deleted.
+	Jobs int64 `json:"jobs"`
+	// Needed is how many were old enough and are kept, because their jobs may be
+	// delivered again.
 	Needed int64 `json:"needed,omitempty"`
 	// Webhooks is how many rows of carpool.webhook_deliveries were deleted.
 	Webhooks int64 `json:"webhooks"`
@@ -179,31 +185,15 @@ func (t *Tasks) deleteRecords(ctx context.Context, job *tasks.Job, cutoff time.T
 }
 
 func notInOutbox(ctx context.Context, job *tasks.Job, records []doneRecord) ([]doneRecord, error) {
-	var ids []string // those of another form come from elsewhere
-	for _, r := range records {
-		if id, err := uuid.Parse(r.ID); err == nil {
-			ids = append(ids, id.String())
-		}
+	ids := make([]string, len(records))
+	for i, r := range records {
+		ids[i] = r.ID
 	}
-	rows, err := job.DB.Query(ctx, "SELECT id::text FROM carpool.outbox WHERE id = ANY($1::text[]::uuid[])", ids)
+	has, err := outbox.Present(ctx, job.DB, ids)
 	if err != nil {
 		return nil, err
 	}
-	waiting, err := pgx.CollectRows(rows, pgx.RowTo[string])
-	if err != nil {
-		return nil, err
-	}
-	has := make(map[string]bool, len(waiting))
-	for _, id := range waiting {
-		has[id] = true
-	}
-	var rest []doneRecord
-	for _, r := range records {
-		if !has[r.ID] {
-			rest = append(rest, r)
-		}
-	}
-	return rest, nil
+	return slices.DeleteFunc(records, func(r doneRecord) bool { return has[r.ID] }), nil
 }
 
 // notInRedis returns the ids and kinds of the records whose jobs Redis doesn't
@@ -215,7 +205,7 @@ func notInRedis(ctx context.Context, rdb redis.UniversalClient, records []doneRe
 	has := make([]*redis.IntCmd, len(records))
 	_, err = rdb.Pipelined(ctx, func(p redis.Pipeliner) error {
 		for i, r := range records {
-			has[i] = p.Exists(ctx, asynqkey.Task(r.Queue, r.ID))
+			has[i] = p.Exists(ctx, asynqwire.Task(r.Queue, r.ID))
 		}
 		return nil
 	})

@@ -8,20 +8,21 @@ import (
 	"github.com/carpool-go/carpool/tasks"
 )
 
-// PoolValidate checks the idle connections of the pool of the worker that runs
-// it. The scheduler enqueues it for each instance, on that instance's queue.
+// PoolValidate is the payload of pool:validate, which checks the idle connections of the
+// pool of the worker that runs it. Each worker enqueues it by the clock on the queue that
+// only it pulls from. Its result is a [dbpool.Validation].
 type PoolValidate struct{}
 
 // Kind returns "pool:validate".
 func (PoolValidate) Kind() string { return "pool:validate" }
 
-// Options: it isn't retried, since the next tick comes anyway, and its result
-// stays for an hour, so that asynqmon shows what the last ones found.
+// Options returns no retries, because the next tick comes anyway, and a retention of an
+// hour, so that the monitor shows what the last ones found.
 func (PoolValidate) Options() tasks.Options {
 	return tasks.Options{MaxRetry: tasks.NoRetry, Timeout: time.Minute, Retention: time.Hour}
 }
 
-// Validate accepts every PoolValidate: it has no fields.
+// Validate returns nil, because there are no fields.
 func (PoolValidate) Validate() error { return nil }
 
 // validatePool validates job's pool and returns what it did.

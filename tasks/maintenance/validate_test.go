@@ -12,7 +12,10 @@ func TestPoolValidate_CallsAfterValidateWhateverCameOfIt(t *testing.T) {
 	t.Parallel()
 	kit := taskstest.New(t)
 	var group Tasks
-	set := tasks.NewSet(&group)
+	set, err := tasks.NewSet(&group)
+	if err != nil {
+		t.Fatal(err)
+	}
 	called := 0
 	group.AfterValidate = func(context.Context) { called++ } // after it was registered
 	task, err := set.Lookup("pool:validate")

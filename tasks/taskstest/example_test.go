@@ -62,7 +62,7 @@ func TestRun_GivesTheHandlerARealPoolAndKeepsWhatItEnqueues(t *testing.T) {
 	info := kit.RequireEnqueued(t, webhook.Deliver{
 		URL: "https://shop.example/hook", Event: "order.paid", Body: json.RawMessage(`{"order":17}`),
 	})
-	if until := time.Until(info.NextProcessAt); until <= 0 || until > time.Minute {
+	if until := time.Until(info.RunAt); until <= 0 || until > time.Minute {
 		t.Errorf("the webhook is due in %s, want a minute", until)
 	}
 	var n int

@@ -1,8 +1,14 @@
 // Package taskstest tests handlers the way they run: with a real pool on a real
-// Postgres, and a real Redis to enqueue to.
+// Postgres, and a real Redis to enqueue to. It is for the tests of packages with tasks of
+// their own.
 //
-// A package that uses it has a TestMain that calls [Main], which stops the
-// servers when the tests are over.
+// Such a package has a TestMain, because the servers are started once for all its tests:
+//
+//	func TestMain(m *testing.M) { taskstest.Main(m) }
+//
+// A test makes a [Kit] with [New], runs a handler with [Run] or [RunTx], and looks at what
+// it returned, wrote to [Kit.DB] and enqueued. Tests may be parallel. The machine needs
+// redis-server and the programs of Postgres.
 package taskstest
 
 import (
@@ -25,29 +31,30 @@ import (
 	"github.com/carpool-go/carpool/tasks"
 )
 
-// Main runs a package's tests and stops the servers they used. It is to be
-// called from TestMain and doesn't return.
+// Main runs a package's tests, stops the servers they used, and exits with the tests' exit
+// code; with 1 if the tests left goroutines behind. It is for TestMain.
 func Main(m *testing.M) { testservers.Main(m) }
 
-// Kit is what one test works with, and shares with no other.
+// Kit is what one test works with, and shares with no other. [New] makes it.
 type Kit struct {
-	// DB is a pool on an empty database that has carpool's tables.
+	// DB is a pool on a database that has carpool's tables, and nothing else.
 	DB *dbpool.Pool
-	// DatabaseURL is the same database.
+	// DatabaseURL is the URL of that database.
 	DatabaseURL string
 	// Client enqueues to queues that no worker pulls from.
 	Client *tasks.Client
-	// RedisURL is where they are.
+	// RedisURL is the URL of those queues.
 	RedisURL string
 	// OutboundAllow is what handlers may call beside public addresses, as the
 	// worker's setting OUTBOUND_ALLOW: "127.0.0.1" for the test's own server.
-	// "" allows public addresses only.
+	// "" allows public addresses only. It may be set until [Run].
 	OutboundAllow string
 
 	inspector *asynq.Inspector
 }
 
-// New returns a kit whose database and queues are gone when the test ends.
+// New returns a kit whose database and queues are gone when the test ends. The servers are
+// started when a test of the package first asks. What fails, fails the test.
 func New(t testing.TB) *Kit {
 	t.Helper()
 	k := &Kit{DatabaseURL: testservers.Postgres(t), RedisURL: testservers.Redis(t)}
@@ -73,8 +80,10 @@ func New(t testing.TB) *Kit {
 }
 
 // Run runs a handler once, as a worker would: the payload goes through JSON and
-// its validation, and ctx ends at the kind's timeout. A connection that the
-// handler did not give back fails the test.
+// its validation, and the handler's context ends at the kind's timeout. It returns what
+// the handler does, or the [tasks.PayloadError] of a payload that is not valid. A
+// connection that the handler did not give back fails the test. A handler of
+// [tasks.RegisterOnce] may be run like any other.
 func Run[P tasks.Payload, R any](t testing.TB, k *Kit, handler tasks.Handler[P, R], payload P) (R, error) {
 	t.Helper()
 	var result R
@@ -88,8 +97,8 @@ func Run[P tasks.Payload, R any](t testing.TB, k *Kit, handler tasks.Handler[P, 
 	return result, err
 }
 
-// RunTx is [Run] for a transactional handler: its transaction is committed if it
-// returns no error.
+// RunTx is [Run] for a handler of [tasks.RegisterTx]: its transaction is committed if it
+// returns no error, and else rolled back.
 func RunTx[P tasks.Payload, R any](t testing.TB, k *Kit, handler tasks.TxHandler[P, R], payload P) (R, error) {
 	t.Helper()
 	var result R
@@ -136,13 +145,14 @@ func (k *Kit) run(t testing.TB, set *tasks.Set, payload tasks.Payload) error {
 	return err
 }
 
-// RequireEnqueued fails the test unless exactly one job that has not run yet
-// carries this payload, and returns that job.
-func (k *Kit) RequireEnqueued(t testing.TB, want tasks.Payload) *asynq.TaskInfo {
+// RequireEnqueued returns the one job that has not run yet and carries this payload. It
+// fails the test if there are more or fewer of it than one. What [tasks.Client.EnqueueTx]
+// has enqueued is in carpool.outbox, where it doesn't look.
+func (k *Kit) RequireEnqueued(t testing.TB, want tasks.Payload) *tasks.Info {
 	t.Helper()
-	var found, others []*asynq.TaskInfo
+	var found, others []*tasks.Info
 	for _, job := range k.Enqueued(t) {
-		if job.Type == want.Kind() && carries(job.Payload, want) {
+		if job.Kind == want.Kind() && carries(job.Payload, want) {
 			found = append(found, job)
 		} else {
 			others = append(others, job)
@@ -154,7 +164,7 @@ func (k *Kit) RequireEnqueued(t testing.TB, want tasks.Payload) *asynq.TaskInfo 
 	return found[0]
 }
 
-// RequireNothingEnqueued fails the test if a job waits on any queue.
+// RequireNothingEnqueued fails the test if a job waits on any queue of the kit's Redis.
 func (k *Kit) RequireNothingEnqueued(t testing.TB) {
 	t.Helper()
 	if jobs := k.Enqueued(t); len(jobs) > 0 {
@@ -162,15 +172,15 @@ func (k *Kit) RequireNothingEnqueued(t testing.TB) {
 	}
 }
 
-// Enqueued returns all jobs that have not run yet, those to be run later among
-// them.
-func (k *Kit) Enqueued(t testing.TB) []*asynq.TaskInfo {
+// Enqueued returns all jobs in the kit's Redis that have not run yet, those to be run later
+// among them.
+func (k *Kit) Enqueued(t testing.TB) []*tasks.Info {
 	t.Helper()
 	queues, err := k.inspector.Queues()
 	if err != nil {
 		t.Fatal(err)
 	}
-	var jobs []*asynq.TaskInfo
+	var jobs []*tasks.Info
 	for _, queue := range queues {
 		for _, list := range []func(string, ...asynq.ListOption) ([]*asynq.TaskInfo, error){
 			k.inspector.ListPendingTasks, k.inspector.ListScheduledTasks,
@@ -180,7 +190,13 @@ func (k *Kit) Enqueued(t testing.TB) []*asynq.TaskInfo {
 				if err != nil {
 					t.Fatal(err)
 				}
-				jobs = append(jobs, some...)
+				for _, job := range some {
+					info, err := k.Client.Get(t.Context(), queue, job.ID)
+					if err != nil {
+						t.Fatal(err)
+					}
+					jobs = append(jobs, info)
+				}
 				if len(some) < 1000 {
 					break
 				}
@@ -200,13 +216,13 @@ func carries(data []byte, want tasks.Payload) bool {
 	return json.Unmarshal(data, &a) == nil && json.Unmarshal(wantData, &b) == nil && reflect.DeepEqual(a, b)
 }
 
-func list(jobs []*asynq.TaskInfo) string {
+func list(jobs []*tasks.Info) string {
 	if len(jobs) == 0 {
 		return " none"
 	}
 	var b strings.Builder
 	for _, job := range jobs {
-		fmt.Fprintf(&b, "\n  %s on %s: %s", job.Type, job.Queue, job.Payload)
+		fmt.Fprintf(&b, "\n  %s on %s: %s", job.Kind, job.Queue, job.Payload)
 	}
 	return b.String()
 }

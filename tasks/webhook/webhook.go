@@ -1,8 +1,8 @@
-// Package webhook is the kind of job webhook:deliver, which delivers an event to a
-// URL, signed by the convention of Standard Webhooks.
+// Package webhook has the kind of job webhook:deliver, which delivers an event to a
+// URL, signed by the convention of Standard Webhooks. It is for services that enqueue such
+// jobs: [Deliver] is the payload, and [Result] what comes of it.
 //
-// A program that enqueues such jobs uses [Deliver]. Workers have the kind with the
-// group of package builtin; a worker that wants it alone registers
+// Workers have the kind with the group of package builtin. A group of one's own registers
 // [Deliverer.Handle] with [tasks.Register].
 package webhook
 
@@ -24,35 +24,41 @@ import (
 	"github.com/google/uuid"
 	standardwebhooks "github.com/standard-webhooks/standard-webhooks/libraries/go"
 
+	"github.com/carpool-go/carpool/internal/asynqwire"
+	"github.com/carpool-go/carpool/internal/pgtext"
 	"github.com/carpool-go/carpool/outbound"
 	"github.com/carpool-go/carpool/tasks"
 )
 
-// Deliver delivers an event to a URL, signed by the convention of
-// https://www.standardwebhooks.com.
+// Deliver is the payload of webhook:deliver, which delivers an event to a URL, signed by
+// the convention of https://www.standardwebhooks.com.
 //
 // What is sent is {"type": event, "timestamp": …, "data": body}, the same on
-// every attempt. The timestamp is that of the job's making; it is left out if
-// the job's id, which others than [tasks.Client] may choose, doesn't tell it. The
-// header webhook-id is the job's id, by which a receiver knows what it had
-// already; webhook-timestamp is the attempt's time.
+// every attempt. The timestamp is the time at which the job was enqueued, taken from the
+// job's id; it is left out if the enqueuer chose the id. The header webhook-id is the
+// job's id, by which a receiver knows what it had already; webhook-timestamp is the
+// attempt's time.
 type Deliver struct {
-	URL   string          `json:"url" doc:"where to: https://… or http://…" example:"https://example.com/webhooks"`
-	Event string          `json:"event" doc:"what happened, such as order.paid" example:"order.paid"`
-	Body  json.RawMessage `json:"body" doc:"the event's data" example:"{\"order\": 17}"`
+	// URL is where the event is sent: https://… or http://….
+	URL string `json:"url" doc:"where to: https://… or http://…" example:"https://example.com/webhooks"`
+	// Event says what happened, such as order.paid: 1 to 128 letters, digits, or _ . : / -.
+	Event string `json:"event" doc:"what happened, such as order.paid" example:"order.paid"`
+	// Body is the event's data, as JSON; null is data too.
+	Body json.RawMessage `json:"body" doc:"the event's data" example:"{\"order\": 17}"`
 }
 
 // Kind returns "webhook:deliver".
 func (Deliver) Kind() string { return "webhook:deliver" }
 
-// Options: with the worker's backoff, 60 retries are spread over about a day.
+// Options returns 60 retries, which the worker's backoff spreads over about a day; a
+// timeout of a minute for each attempt; and a retention of a day.
 func (Deliver) Options() tasks.Options {
 	return tasks.Options{MaxRetry: 60, Timeout: time.Minute, Retention: 24 * time.Hour}
 }
 
 var eventName = regexp.MustCompile(`^[A-Za-z0-9_.:/-]{1,128}$`)
 
-// Validate checks the fields' form.
+// Validate returns what is wrong with the form of the fields.
 func (p Deliver) Validate() error {
 	u, err := url.Parse(p.URL)
 	if err != nil || (u.Scheme != "https" && u.Scheme != "http") || u.Hostname() == "" {
@@ -70,8 +76,9 @@ func (p Deliver) Validate() error {
 	return nil
 }
 
-// ValidateSecret reports what is wrong with a secret, without showing it.
-// It must be base64 of 24 to 64 bytes, with or without "whsec_" before it.
+// ValidateSecret returns what is wrong with a secret, without showing it; nil for base64 of
+// 24 to 64 bytes, with or without "whsec_" before it. It is for groups that register
+// [Deliverer.Handle] with a setting of their own.
 func ValidateSecret(secret string) error {
 	_, err := secretKey(secret)
 	return err
@@ -89,19 +96,19 @@ func secretKey(secret string) ([]byte, error) {
 	return key, nil
 }
 
-// Result says how a delivery ended.
+// Result is the result of webhook:deliver.
 type Result struct {
-	// Status is the code the receiver answered with, from 200 to 299.
+	// Status is the HTTP status that the receiver answered with, from 200 to 299.
 	Status int `json:"status"`
-	// Attempts is how many it took.
+	// Attempts is how many attempts the delivery took.
 	Attempts int `json:"attempts"`
 }
 
-// Deliverer runs [Deliver] jobs. It calls URLs that the worker lets jobs call, see
-// [outbound.Client].
+// Deliverer runs webhook:deliver. It calls URLs that the worker lets jobs call (see
+// [outbound.Client]).
 type Deliverer struct {
-	// Secret signs the webhooks, see [ValidateSecret]; "" makes every delivery
-	// fail for good.
+	// Secret signs the webhooks, as [ValidateSecret] takes it; "" makes every delivery a
+	// permanent error.
 	Secret string
 	// Timeout bounds one request; 0 means 30 s.
 	Timeout time.Duration
@@ -114,13 +121,18 @@ const (
 	drainBytes = 64 << 10
 )
 
-// Handle makes one attempt. It has a row in carpool.webhook_deliveries, made
-// before anything is sent and completed afterwards; while the receiver is waited
-// for, no connection is held.
+// Handle makes one attempt. It is a handler for [tasks.Register]: a receiver may get an
+// event twice, with the same webhook-id.
 //
-// So nothing is sent that leaves no trace, whatever happens to the worker or the
-// database. If a webhook has been sent and its row can't be completed, that is
-// logged and the receiver's answer counts: to send it again would be worse.
+// Each attempt has a row in carpool.webhook_deliveries, made before anything is sent and
+// completed afterwards, so that all that is sent leaves a trace, whatever happens to the
+// worker or the database. If a webhook has been sent and its row can't be completed, that
+// is logged and the receiver's answer counts, because to send it again would be worse. No
+// connection is held while the receiver is waited for.
+//
+// After an answer of 408, 425, 429 or 5xx, and without an answer, the job is tried again,
+// at the time that Retry-After names, if any. The other answers, and an address that jobs
+// may not call, are permanent errors.
 func (d Deliverer) Handle(ctx context.Context, job *tasks.Job, p Deliver) (Result, error) {
 	if d.Secret == "" {
 		return Result{}, tasks.Permanent(errors.New("this worker has no secret to sign with; set WEBHOOK_SECRET"))
@@ -290,7 +302,7 @@ func beginDelivery(ctx context.Context, job *tasks.Job, p Deliver) (*delivery, e
 func (d *delivery) complete(ctx context.Context, status int, failed error, took time.Duration) {
 	bound := 10 * time.Second
 	if ctx.Err() != nil {
-		bound = tasks.TimeoutGrace / 2 // what is left to wind up
+		bound = asynqwire.TimeoutGrace / 2 // what is left to wind up
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), bound)
 	defer cancel()
@@ -300,7 +312,7 @@ func (d *delivery) complete(ctx context.Context, status int, failed error, took 
 	}
 	var reason *string
 	if failed != nil {
-		text := postgresText(failed.Error())
+		text := pgtext.Cut(failed.Error(), maxReason)
 		reason = &text
 	}
 	var err error
@@ -316,15 +328,9 @@ func (d *delivery) complete(ctx context.Context, status int, failed error, took 
 	d.job.Log.Warn("the end of the webhook's attempt could not be recorded", "status", status, "row", d.id, "error", err)
 }
 
-// postgresText is s as a column of type text takes it: a receiver may have had a
-// part in an error's text.
-func postgresText(s string) string {
-	const most = 1000
-	if len(s) > most {
-		s = s[:most] + "…"
-	}
-	return strings.ToValidUTF8(strings.ReplaceAll(s, "\x00", ""), "�")
-}
+// maxReason bounds what is recorded of an error, in bytes: a receiver may have had a part
+// in its text.
+const maxReason = 1000
 
 // publicURL is a URL without what may be secret in it.
 func publicURL(raw string) string {

@@ -334,6 +334,19 @@ func (s *groupSettings) read() (faults []string) {
 	return faults
 }
 
+// readVariables is read for a command without the plugins, where there are no flags: it
+// takes the settings from their variables.
+func (s *groupSettings) readVariables() (faults []string) {
+	for _, of := range s.groups {
+		for _, set := range of.settings {
+			if !set.secret {
+				set.flag.SetString(cmp.Or(s.env(set.variable), set.fallbackText))
+			}
+		}
+	}
+	return s.read()
+}
+
 // apply gives the field of a setting its value, or returns what is wrong with it.
 func (s *groupSettings) apply(set *setting) (problem string) {
 	text, given := s.text(set)

@@ -205,6 +205,28 @@ func TestSettings_FlagOverVariableOverCodeOverTag(t *testing.T) {
 	}
 }
 
+func TestSettings_OfACommandWithoutTheirFlagsAreReadFromVariables(t *testing.T) {
+	t.Parallel()
+	env := map[string]string{"SHOP_LIMIT": "5", "SHOP_SECRET": "of-the-variable", "SHOP_TAGS": "x,y", "SHOP_EVERY": ""}
+	shop := &shopTasks{Dir: "/code", Limit: 3, Every: time.Hour, Secret: "of-the-code"}
+	s := settings(t, env, shop)
+	if _, err := s.parse("status"); err != nil {
+		t.Fatal(err)
+	}
+	noFaults(t, s.readVariables())
+	same(t, *shop, shopTasks{Dir: "/code", Limit: 5, Rate: 0.25, Dry: true, Every: time.Hour, Tags: []string{"x", "y"}, Secret: "of-the-variable"})
+
+	s = settings(t, map[string]string{"SHOP_LIMIT": "many", "SHOP_DRY": "perhaps"}, new(shopTasks), &mailTasks{faults: errors.New("MAIL_FROM is not set")})
+	if _, err := s.parse("status"); err != nil {
+		t.Fatal(err)
+	}
+	same(t, s.readVariables(), []string{
+		"SHOP_LIMIT is not a whole number; for example SHOP_LIMIT=10",
+		"SHOP_DRY is neither true nor false; for example SHOP_DRY=true",
+		"MAIL_FROM is not set",
+	})
+}
+
 func TestSettings_KongErasesNothing(t *testing.T) {
 	t.Parallel()
 	shop := &shopTasks{Limit: 3, Secret: "of-the-code"}

@@ -1,0 +1,144 @@
+package cli
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	"github.com/carpool-go/carpool/internal/asynqwire"
+	"github.com/carpool-go/carpool/tasks"
+)
+
+type enqueueCmd struct {
+	Kind    string `arg:"" help:"The kind of job; see: ${name} kinds."`
+	Payload string `arg:"" name:"json" help:"The payload as JSON, or - to read it from standard input, where the list of processes doesn't show it."`
+
+	Queue    string        `help:"Queue to put it on, instead of the kind's own."`
+	In       time.Duration `xor:"when" placeholder:"5m" help:"Run it after this time."`
+	At       time.Time     `xor:"when" placeholder:"2026-01-31T08:00:00Z" help:"Run it at this time."`
+	Unique   string        `placeholder:"KEY" help:"Only if no job of the kind with this key is unfinished; else print that one's id."`
+	MaxRetry *int          `placeholder:"N" help:"Tries after the first one fails, instead of the kind's own; 0 for none."`
+	Wait     bool          `help:"Wait for its end and print its result; exit with 1 if it failed."`
+
+	redisSettings `embed:""`
+}
+
+// retentionForWait keeps a job that is waited for in sight until its result has
+// been read.
+const retentionForWait = 5 * time.Minute
+
+// Run enqueues the job, and waits for its end if it is to.
+func (e *enqueueCmd) Run(ctx context.Context, in *invocation) error {
+	payload, err := in.readPayload(e.Kind, e.Payload, in.exampleLine)
+	if err != nil {
+		return err
+	}
+	opts, err := e.options(payload.Options())
+	if err != nil {
+		return err
+	}
+	rdb, err := e.open(in)
+	if err != nil {
+		return err
+	}
+	defer rdb.Close()
+
+	client := tasks.NewClient(rdb)
+	var id, queue string
+	info, err := client.Enqueue(ctx, payload, opts)
+	if dup, ok := errors.AsType[*tasks.DuplicateError](err); ok {
+		id, queue = dup.ID, dup.Queue
+		fmt.Fprintf(in.stderr, "nothing was enqueued: this job holds the unique key %q\n", dup.Key)
+	} else if err != nil {
+		return err
+	} else {
+		id, queue = info.ID, info.Queue
+	}
+	fmt.Fprintln(in.stdout, id)
+	if !e.Wait {
+		return nil
+	}
+	result, err := client.Wait(ctx, queue, id, in.showProgress)
+	if err != nil {
+		return err
+	}
+	if result != nil {
+		fmt.Fprintf(in.stdout, "%s\n", result)
+	}
+	return nil
+}
+
+// readPayload reads a command's payload of a kind from its argument, or for "-" from
+// stdin. example shows what would be right.
+func (in *invocation) readPayload(kind, arg string, example func(*tasks.Task) string) (tasks.Payload, error) {
+	set, err := in.kinds()
+	if err != nil {
+		return nil, err
+	}
+	task, err := set.Lookup(kind)
+	if err != nil {
+		return nil, configError("kind: " + strings.Replace(err.Error(), "this worker knows", "this program knows", 1))
+	}
+	data := []byte(arg)
+	if arg == "-" {
+		if data, err = io.ReadAll(in.stdin); err != nil {
+			return nil, fmt.Errorf("read the payload from standard input: %w", err)
+		}
+	}
+	payload, err := task.Decode(data)
+	if err != nil {
+		return nil, configError(fmt.Sprintf("%v; for example: %s", err, example(task)))
+	}
+	return payload, nil
+}
+
+// maxRetryFlag is [tasks.Options.MaxRetry] for --max-retry, which is nil if it is not
+// given.
+func maxRetryFlag(n *int) (int, error) {
+	switch {
+	case n == nil:
+		return 0, nil
+	case *n < 0:
+		return 0, configError(fmt.Sprintf("--max-retry: %d is less than 0, which is no retry", *n))
+	case *n == 0:
+		return tasks.NoRetry, nil
+	}
+	return *n, nil
+}
+
+func (e *enqueueCmd) options(kind tasks.Options) (*tasks.EnqueueOptions, error) {
+	opts := &tasks.EnqueueOptions{Queue: e.Queue, RunAt: e.At, UniqueKey: e.Unique}
+	if e.Queue != "" && !asynqwire.IsQueueName(e.Queue) {
+		return nil, configError(fmt.Sprintf("--queue: %q is no queue's name: letters, digits, and _ . : -", e.Queue))
+	}
+	if e.In < 0 {
+		return nil, configError(fmt.Sprintf("--in: %s has passed", e.In))
+	}
+	if e.In > 0 {
+		opts.RunAt = time.Now().Add(e.In)
+	}
+	var err error
+	if opts.MaxRetry, err = maxRetryFlag(e.MaxRetry); err != nil {
+		return nil, err
+	}
+	if e.Wait {
+		opts.Retention = max(kind.Retention, retentionForWait)
+	}
+	return opts, nil
+}
+
+// showProgress prints a job's state, and what it shows of its progress.
+func (in *invocation) showProgress(job *tasks.Info) {
+	var so struct {
+		Progress json.RawMessage `json:"progress"`
+	}
+	if err := json.Unmarshal(job.Result, &so); err != nil || so.Progress == nil {
+		fmt.Fprintln(in.stderr, job.State)
+		return
+	}
+	fmt.Fprintf(in.stderr, "%s %s\n", job.State, so.Progress)
+}

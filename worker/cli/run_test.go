@@ -1,0 +1,563 @@
+package cli
+
+import (
+	"context"
+	"encoding/json"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/hibiken/asynq"
+	"github.com/jackc/pgx/v5"
+
+	"github.com/carpool-go/carpool/internal/asynqwire"
+	"github.com/carpool-go/carpool/internal/testservers"
+	"github.com/carpool-go/carpool/tasks"
+	"github.com/carpool-go/carpool/tasks/builtin"
+	"github.com/carpool-go/carpool/tasks/maintenance"
+	"github.com/carpool-go/carpool/tasks/webhook"
+	"github.com/carpool-go/carpool/worker"
+	"github.com/carpool-go/carpool/worker/internal/workertest"
+)
+
+// webhooks is what the tests of the binary use for jobs that take as long as a
+// test wants.
+type webhooks struct {
+	*httptest.Server
+	arrived chan string // the ids of jobs, as their webhooks arrive
+	gate    chan struct{}
+	served  sync.Map // id → *atomic.Int64, answered with 200
+}
+
+const webhookSecret = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+
+// receive starts a receiver of webhooks that answers none until open is called.
+func receive(t *testing.T) *webhooks {
+	t.Helper()
+	w := &webhooks{arrived: make(chan string, 1000), gate: make(chan struct{})}
+	w.Server = httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		id := r.Header.Get("webhook-id")
+		_, _ = io.Copy(io.Discard, r.Body) // or the server doesn't notice when the sender goes
+		w.arrived <- id
+		select {
+		case <-w.gate:
+			n, _ := w.served.LoadOrStore(id, new(atomic.Int64))
+			n.(*atomic.Int64).Add(1)
+			rw.WriteHeader(http.StatusNoContent)
+		case <-r.Context().Done():
+		}
+	}))
+	t.Cleanup(func() { w.open(); w.Close() })
+	return w
+}
+
+func (w *webhooks) open() {
+	select {
+	case <-w.gate:
+	default:
+		close(w.gate)
+	}
+}
+
+func (w *webhooks) env() []string {
+	return []string{"OUTBOUND_ALLOW=127.0.0.1", "WEBHOOK_SECRET=" + webhookSecret}
+}
+
+func (w *webhooks) enqueue(t *testing.T, b *bundle, n int) []*tasks.Info {
+	t.Helper()
+	var jobs []*tasks.Info
+	for range n {
+		info, err := b.Client.Enqueue(t.Context(), webhook.Deliver{
+			URL: w.URL, Event: "test.happened", Body: json.RawMessage(`{"n":1}`),
+		}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		jobs = append(jobs, info)
+	}
+	return jobs
+}
+
+// delivered returns how often the job's webhook was answered with 200.
+func (w *webhooks) delivered(id string) int64 {
+	n, ok := w.served.Load(id)
+	if !ok {
+		return 0
+	}
+	return n.(*atomic.Int64).Load()
+}
+
+func TestRun_EveryWrongSettingIsNamedInOneMessageBeforeAnythingIsTouched(t *testing.T) {
+	t.Parallel()
+	b := &bundle{new(workertest.Bundle)}
+	_, stderr, code := b.run(t, []string{
+		"REDIS_URL=redis//localhost", "DATABASE_URL=", "DB_POOL_SIZE=many", "DB_MAX_OVERFLOW=-1", "DB_POOL_TIMEOUT=30",
+		"DB_POOL_RECYCLE=-1s", "DB_POOL_PRE_PING=maybe", "DB_POOL_VALIDATE_EVERY=1ms", "DB_POOL_LEAK_AFTER=x",
+		"DB_POOLER=perhaps", "DB_ECHO=2", "WORKER_CONCURRENCY=0", "WORKER_QUEUES=a=0,b c", "WORKER_FETCHERS=x", "WORKER_SHUTDOWN_TIMEOUT=soon",
+		"WORKER_STARTUP_TIMEOUT=1", "LOG_LEVEL=loud", "LOG_FORMAT=xml", "IMPORT_DIR=/no/such/folder",
+		"WEBHOOK_SECRET=whsec_hush!", "OUTBOUND_ALLOW=10.0.0.0/99",
+	})
+	if code != exitUsage {
+		t.Errorf("exit code %d, want %d", code, exitUsage)
+	}
+	for _, name := range []string{
+		"REDIS_URL", "DATABASE_URL", "DB_POOL_SIZE", "DB_MAX_OVERFLOW", "DB_POOL_TIMEOUT", "DB_POOL_RECYCLE",
+		"DB_POOL_PRE_PING", "DB_POOL_VALIDATE_EVERY", "DB_POOL_LEAK_AFTER", "DB_POOLER", "DB_ECHO", "WORKER_CONCURRENCY", "WORKER_QUEUES",
+		"WORKER_FETCHERS", "WORKER_SHUTDOWN_TIMEOUT", "WORKER_STARTUP_TIMEOUT", "LOG_LEVEL", "LOG_FORMAT", "IMPORT_DIR",
+		"WEBHOOK_SECRET", "OUTBOUND_ALLOW",
+	} {
+		if !strings.Contains(stderr, "\n  "+name+" ") || !strings.Contains(stderr, "for example "+name+"=") {
+			t.Errorf("%s is not named with an example", name)
+		}
+	}
+	if strings.Contains(stderr, "hush") {
+		t.Error("the message shows a secret")
+	}
+	if t.Failed() {
+		t.Log(stderr)
+	}
+}
+
+func TestRun_SecretsAreRefusedAsFlagsAndNeverShown(t *testing.T) {
+	t.Parallel()
+	b := &bundle{&workertest.Bundle{Env: []string{"DATABASE_URL=postgres://u:hush@localhost/app?sslpassword=hush", "REDIS_URL=redis://:hush@localhost", "WEBHOOK_SECRET=" + webhookSecret}}}
+	stdout, stderr, code := b.run(t, nil, "config")
+	if code != 0 || strings.Contains(stdout+stderr, "hush") || strings.Contains(stdout, webhookSecret) {
+		t.Errorf("worker config: exit code %d\n%s%s", code, stdout, stderr)
+	}
+	for _, line := range []string{"DATABASE_URL", "postgres://u:***@localhost/app?sslpassword=***", "redis://:***@localhost", "WEBHOOK_SECRET", "DB_POOL_SIZE"} {
+		if !strings.Contains(stdout, line) {
+			t.Errorf("worker config does not show %s:\n%s", line, stdout)
+		}
+	}
+	_, stderr, code = b.run(t, nil, "--database-url=postgres://u:hash@h/d", "--redis-url=redis://:hash@h", "--webhook-secret=hash")
+	if code != exitUsage || strings.Count(stderr, "set the variable instead") != 3 || strings.Contains(stderr, "hash") {
+		t.Errorf("passwords as flags: exit code %d\n%s", code, stderr)
+	}
+}
+
+func TestRun_WaitsForServersThatAreDownAndSaysSo(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	proxy := testservers.NewProxy(t, hostOf(t, b.RedisURL))
+	proxy.Refuse()
+	p := b.Launch(t, []string{"REDIS_URL=" + strings.Replace(b.RedisURL, hostOf(t, b.RedisURL), proxy.Addr(), 1)})
+	p.Log.Wait(t, "waiting for the server of REDIS_URL")
+	proxy.Heal()
+	p.Log.Wait(t, "worker started")
+	p.Signal(t, syscall.SIGTERM)
+	if code := p.Exit(t); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+}
+
+func hostOf(t *testing.T, rawURL string) string {
+	t.Helper()
+	u, err := url.Parse(rawURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return u.Host
+}
+
+func TestRun_GivesUpWhenTheStartupTimeoutIsOver(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	proxy := testservers.NewProxy(t, hostOf(t, b.DatabaseURL))
+	proxy.Refuse()
+	env := []string{"DATABASE_URL=postgres://u:hush@" + proxy.Addr() + "/db", "WORKER_STARTUP_TIMEOUT=1s"}
+	_, stderr, code := b.run(t, env)
+	if code != exitFailed || !strings.Contains(stderr, "DATABASE_URL: not ready after 1s") || strings.Contains(stderr, "hush") {
+		t.Errorf("exit code %d\n%s", code, stderr)
+	}
+}
+
+func TestRun_DoesNotWaitForAServerThatRefusesItsPassword(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	for _, variable := range []string{"DATABASE_URL", "REDIS_URL"} {
+		right := map[string]string{"DATABASE_URL": b.DatabaseURL, "REDIS_URL": b.RedisURL}[variable]
+		wrong, err := url.Parse(right)
+		if err != nil {
+			t.Fatal(err)
+		}
+		user := wrong.User.Username()
+		if user == "" {
+			user = "default"
+		}
+		wrong.User = url.UserPassword(user, "hush")
+		_, stderr, code := b.run(t, []string{variable + "=" + wrong.String()})
+		want := variable + ": the server refuses this user or password: "
+		if code != exitFailed || !strings.Contains(stderr, want) || strings.Contains(stderr, "waiting for") || strings.Contains(stderr, "hush") {
+			t.Errorf("exit code %d, want %d and %q at once\n%s", code, exitFailed, want, stderr)
+		}
+	}
+}
+
+func TestRun_SaysThatMigrationsAreMissing(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	conn, err := pgx.Connect(t.Context(), b.DatabaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.Background())
+	if _, err := conn.Exec(t.Context(), "DROP SCHEMA carpool CASCADE"); err != nil {
+		t.Fatal(err)
+	}
+	p := b.Launch(t, nil)
+	p.Log.Wait(t, "run the command migrate")
+	if _, stderr, code := b.run(t, nil, "migrate"); code != 0 {
+		t.Fatal(stderr)
+	}
+	p.Log.Wait(t, "worker started")
+}
+
+func TestRun_AtSIGTERMJobsMayFinish(t *testing.T) {
+	t.Parallel()
+	b, w := setup(t), receive(t)
+	p := b.Start(t, w.env()...)
+	jobs := w.enqueue(t, b, 3)
+	for range jobs {
+		<-w.arrived
+	}
+	p.Signal(t, syscall.SIGTERM)
+	workertest.Eventually(t, "the four fetchers and the instance's own server have stopped", func() bool {
+		return strings.Count(p.Log.String(), `"msg":"Processor stopped"`) == 5
+	})
+	late := w.enqueue(t, b, 1)[0]
+	w.open()
+	if code := p.Exit(t); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+	for _, job := range jobs {
+		if n := w.delivered(job.ID); n != 1 {
+			t.Errorf("job %s was delivered %d times", job.ID, n)
+		}
+	}
+	if info, err := b.Inspector.GetTaskInfo(late.Queue, late.ID); err != nil || info.State != asynq.TaskStatePending {
+		t.Errorf("the job that came after the signal is %+v, %v; want it pending", info, err)
+	}
+}
+
+func TestRun_JobsUnfinishedAtTheShutdownTimeoutGoBackWithoutUsingUpARetry(t *testing.T) {
+	t.Parallel()
+	b, w := setup(t), receive(t)
+	p := b.Start(t, append(w.env(), "WORKER_SHUTDOWN_TIMEOUT=500ms", "WORKER_CONCURRENCY=4")...)
+	jobs := w.enqueue(t, b, 7)
+	for range 4 {
+		<-w.arrived
+	}
+	p.Signal(t, syscall.SIGTERM)
+	if code := p.Exit(t); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+	for _, job := range jobs {
+		info, err := b.Inspector.GetTaskInfo(job.Queue, job.ID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if info.State != asynq.TaskStatePending || info.Retried != 0 || info.LastErr != "" {
+			t.Errorf("job %s is %s after %d retries, %q; want it pending and untouched", job.ID, info.State, info.Retried, info.LastErr)
+		}
+	}
+	interrupted := 0
+	for line := range strings.Lines(p.Log.String()) {
+		if strings.Contains(line, `"kind":"webhook:deliver"`) && strings.Contains(line, `"outcome":"interrupted"`) {
+			interrupted++
+		}
+	}
+	if interrupted != 4 {
+		t.Errorf("%d records of interrupted jobs, want 4", interrupted)
+	}
+	w.open()
+	b.Start(t, w.env()...)
+	for _, job := range jobs {
+		if _, err := b.Wait(t, job); err != nil {
+			t.Error(err)
+		}
+		if n := w.delivered(job.ID); n != 1 {
+			t.Errorf("job %s was delivered %d times", job.ID, n)
+		}
+	}
+}
+
+func TestRun_SecondSignalExitsAtOnce(t *testing.T) {
+	t.Parallel()
+	b, w := setup(t), receive(t)
+	p := b.Start(t, append(w.env(), "WORKER_SHUTDOWN_TIMEOUT=10m")...)
+	w.enqueue(t, b, 1)
+	<-w.arrived
+	p.Signal(t, syscall.SIGINT)
+	p.Log.Wait(t, "stopping: no more jobs are fetched")
+	p.Signal(t, syscall.SIGINT)
+	if code := p.Exit(t); code != exitFailed {
+		t.Errorf("exit code %d, want %d", code, exitFailed)
+	}
+	p.Log.Wait(t, `"because_of":"a second signal"`)
+}
+
+func TestRun_SIGTERMEndsAWorkerWhoseRedisDoesNotAnswer(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	proxy := testservers.NewProxy(t, hostOf(t, b.RedisURL))
+	p := b.Start(t, "REDIS_URL="+strings.Replace(b.RedisURL, hostOf(t, b.RedisURL), proxy.Addr(), 1), "WORKER_SHUTDOWN_TIMEOUT=1s")
+	proxy.Blackhole()
+	p.Signal(t, syscall.SIGTERM)
+	p.Exit(t) // within the time that jobs are given, and a little more
+}
+
+func TestRun_BurstWorksOffWhatIsDueAndLeavesTheRest(t *testing.T) {
+	t.Parallel()
+	b, w := setup(t), receive(t)
+	w.open()
+	jobs := w.enqueue(t, b, 30)
+	later, err := b.Client.Enqueue(t.Context(), maintenance.PoolValidate{}, &tasks.EnqueueOptions{RunAt: time.Now().Add(time.Hour)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, stderr, code := b.run(t, w.env(), "run", "--burst")
+	if code != 0 {
+		t.Errorf("exit code %d\n%s", code, stderr)
+	}
+	for _, job := range jobs {
+		if n := w.delivered(job.ID); n != 1 {
+			t.Errorf("job %s was delivered %d times", job.ID, n)
+		}
+	}
+	if info, err := b.Inspector.GetTaskInfo(later.Queue, later.ID); err != nil || info.State != asynq.TaskStateScheduled {
+		t.Errorf("the job for later is %+v, %v", info, err)
+	}
+}
+
+func TestRun_TwoWorkersShareTheQueues(t *testing.T) {
+	t.Parallel()
+	b, w := setup(t), receive(t)
+	first, second := b.Start(t, append(w.env(), "WORKER_CONCURRENCY=2")...), b.Start(t, append(w.env(), "WORKER_CONCURRENCY=2")...)
+	jobs := w.enqueue(t, b, 20)
+	for range 4 {
+		<-w.arrived // each worker holds two
+	}
+	w.open()
+	for _, job := range jobs {
+		if _, err := b.Wait(t, job); err != nil {
+			t.Error(err)
+		}
+		if n := w.delivered(job.ID); n != 1 {
+			t.Errorf("job %s was delivered %d times", job.ID, n)
+		}
+	}
+	for _, p := range []*workertest.Process{first, second} {
+		p.Log.Wait(t, `"kind":"webhook:deliver"`)
+	}
+}
+
+func TestRun_EachInstanceValidatesItsOwnPoolOnItsOwnQueueWhileItLives(t *testing.T) {
+	t.Parallel()
+	b, w := setup(t), receive(t)
+	env := append(w.env(), "DB_POOL_VALIDATE_EVERY=1s", "WORKER_CONCURRENCY=1", "RENDER_INSTANCE_ID=srv-abc")
+	p := b.Start(t, env...)
+	w.enqueue(t, b, 1)
+	<-w.arrived // all hands are busy
+
+	var queue string
+	workertest.Eventually(t, "the instance's queue has results of two validations", func() bool {
+		queues, err := b.Inspector.Queues()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, q := range queues {
+			if strings.HasPrefix(q, "instance-srv-abc-") {
+				queue = q
+				done, err := b.Inspector.ListCompletedTasks(q)
+				return err == nil && len(done) >= 2
+			}
+		}
+		return false
+	})
+	done, err := b.Inspector.ListCompletedTasks(queue)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var result map[string]int
+	if err := json.Unmarshal(done[0].Result, &result); err != nil {
+		t.Fatalf("%s: %v", done[0].Result, err)
+	}
+	for _, key := range []string{"checked", "replaced", "errors", "took_ms"} {
+		if _, ok := result[key]; !ok {
+			t.Errorf("the result has no %s: %s", key, done[0].Result)
+		}
+	}
+	w.open()
+	p.Signal(t, syscall.SIGTERM)
+	p.Exit(t)
+	if queues, err := b.Inspector.Queues(); err != nil || strings.Contains(strings.Join(queues, " "), "instance-") {
+		t.Errorf("the instance's queue outlives it: %v, %v", queues, err)
+	}
+}
+
+func TestEnqueue_EveryBuiltInKindRunsEndToEnd(t *testing.T) {
+	t.Parallel()
+	b, w := setup(t), receive(t)
+	w.open()
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "cities.csv"), []byte("city,zip\nHoltsville,00501\nBoston,02108\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	b.Start(t, append(w.env(), "IMPORT_DIR="+dir)...)
+	for _, c := range []struct{ kind, payload, want string }{
+		{"csv:import", `{"source":"file:///cities.csv","table":"cities","mode":"replace"}`, `"rows":2`},
+		{"webhook:deliver", `{"url":"` + w.URL + `","event":"city.added","body":{"zip":"00501"}}`, `"status":204`},
+		{"rows:prune", `{"table":"carpool.webhook_deliveries","column":"delivered_at","older_than":"1h"}`, `"deleted":0`},
+		{"pool:validate", `{}`, `"checked":`},
+		{"carpool:prune", `{}`, `"jobs":0`},
+	} {
+		stdout, stderr, code := b.run(t, nil, "enqueue", c.kind, c.payload, "--wait")
+		id, result, _ := strings.Cut(stdout, "\n")
+		if code != 0 || len(id) != 36 || !strings.Contains(result, c.want) {
+			t.Errorf("%s: exit code %d, id %q, result %q, want %s in it\n%s", c.kind, code, id, result, c.want, stderr)
+		}
+	}
+	conn, err := pgx.Connect(t.Context(), b.DatabaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.Background())
+	var zips []string
+	if err := conn.QueryRow(t.Context(), "SELECT array_agg(zip ORDER BY zip) FROM imports.cities").Scan(&zips); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]string{"00501", "02108"}, zips); diff != "" {
+		t.Errorf("(-want +got)\n%s", diff)
+	}
+}
+
+func TestEnqueue_FlagsDoWhatTheySay(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	enqueue := func(args ...string) *asynq.TaskInfo {
+		t.Helper()
+		stdout, stderr, code := b.run(t, nil, append([]string{"enqueue", "pool:validate", "{}"}, args...)...)
+		if code != 0 {
+			t.Fatalf("%v: exit code %d\n%s", args, code, stderr)
+		}
+		queue := "default"
+		if len(args) > 1 && args[0] == "--queue" {
+			queue = args[1]
+		}
+		info, err := b.Inspector.GetTaskInfo(queue, strings.TrimSpace(stdout))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return info
+	}
+	if info := enqueue("--queue", "low"); info.Queue != "low" || info.State != asynq.TaskStatePending {
+		t.Errorf("--queue low: %+v", info)
+	}
+	if info := enqueue("--in", "1h"); info.State != asynq.TaskStateScheduled || time.Until(info.NextProcessAt) > time.Hour {
+		t.Errorf("--in 1h: %+v", info)
+	}
+	if info := enqueue("--at", "2099-01-02T03:04:05Z"); !info.NextProcessAt.Equal(time.Date(2099, 1, 2, 3, 4, 5, 0, time.UTC)) {
+		t.Errorf("--at: %+v", info)
+	}
+	info := enqueue("--max-retry", "7")
+	if n, ok := asynqwire.MaxRetry(info.Headers); n != 7 || !ok {
+		t.Errorf("--max-retry 7: %+v", info)
+	}
+	first := enqueue("--unique", "nightly")
+	if second := enqueue("--unique", "nightly"); second.ID != first.ID {
+		t.Errorf("--unique: the second job is %s, want the first one's id %s", second.ID, first.ID)
+	}
+	if stdout, stderr, code := b.runReading(t, strings.NewReader("{}"), nil, "enqueue", "pool:validate", "-"); code != 0 || len(strings.TrimSpace(stdout)) != 36 {
+		t.Errorf("from standard input: exit code %d\n%s%s", code, stdout, stderr)
+	}
+}
+
+func TestEnqueue_WrongUseIsOneClearMessageAndExitCode2(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	for _, c := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"csv:imprt", "{}"}, `unknown kind "csv:imprt": this program knows carpool:prune, csv:import, pool:validate`},
+		{[]string{"csv:import", `{"source":"https://example.com/x.csv"`}, "csv:import payload: it is cut off"},
+		{[]string{"csv:import", `{"tabel":"x"}`}, `unknown field "tabel": the fields are source, table, mode; for example: worker enqueue csv:import '{"source"`},
+		{[]string{"pool:validate"}, "json"},
+		{[]string{"pool:validate", "{}", "--in", "soon"}, "--in"},
+		{[]string{"pool:validate", "{}", "--in=-1s"}, "has passed"},
+		{[]string{"pool:validate", "{}", "--at", "tomorrow"}, "--at"},
+		{[]string{"pool:validate", "{}", "--in", "1h", "--at", "2099-01-02T03:04:05Z"}, "--in and --at can't be used together"},
+		{[]string{"pool:validate", "{}", "--max-retry", "-1"}, "--max-retry"},
+		{[]string{"pool:validate", "{}", "--queue", "a b"}, "--queue"},
+		{[]string{"pool:validate", "{}", "--frobnicate"}, "unknown flag --frobnicate"},
+	} {
+		stdout, stderr, code := b.run(t, nil, append([]string{"enqueue"}, c.args...)...)
+		if code != exitUsage || !strings.Contains(stderr, c.want) || stdout != "" {
+			t.Errorf("%v: exit code %d, want %q in\n%s%s", c.args, code, c.want, stdout, stderr)
+		}
+	}
+}
+
+func TestEnqueue_WaitExitsWith1WhenTheJobFailed(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.Start(t)
+	stdout, stderr, code := b.run(t, nil, "enqueue", "csv:import", `{"source":"file:///x.csv","table":"x","mode":"replace"}`, "--wait")
+	if code != exitFailed || !strings.Contains(stderr, "IMPORT_DIR") || strings.Count(stdout, "\n") != 1 {
+		t.Errorf("exit code %d\n%s%s", code, stdout, stderr)
+	}
+}
+
+func TestEnqueue_RedisThatIsDownIsAnErrorWithoutItsPassword(t *testing.T) {
+	t.Parallel()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	env := "REDIS_URL=redis://:hush@" + l.Addr().String()
+	_ = l.Close()
+	_, stderr, code := (&bundle{new(workertest.Bundle)}).run(t, []string{env}, "enqueue", "pool:validate", "{}")
+	if code != exitFailed || !strings.Contains(stderr, "connection refused") || strings.Contains(stderr, "hush") {
+		t.Errorf("exit code %d\n%s", code, stderr)
+	}
+}
+
+func TestKinds_EveryExampleCanBePasted(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	stdout, stderr, code := b.run(t, nil, "kinds")
+	if code != 0 {
+		t.Fatal(stderr)
+	}
+	n := 0
+	for line := range strings.Lines(stdout) {
+		args, ok := strings.CutPrefix(strings.TrimSpace(line), "worker enqueue ")
+		if !ok {
+			continue
+		}
+		n++
+		kind, payload, _ := strings.Cut(args, " ")
+		if _, stderr, code := b.run(t, nil, "enqueue", kind, strings.Trim(payload, "'")); code != 0 {
+			t.Errorf("%s: exit code %d\n%s", line, code, stderr)
+		}
+	}
+	all, err := worker.Kinds(new(builtin.Tasks))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := len(all.Kinds()); n != want {
+		t.Errorf("%d examples for %d kinds:\n%s", n, want, stdout)
+	}
+}

@@ -1,0 +1,186 @@
+package cli
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+	"time"
+	"unicode"
+
+	"github.com/carpool-go/carpool/admin"
+)
+
+type statusCmd struct {
+	JSON  bool `name:"json" help:"Print it as JSON, one object a line."`
+	Watch bool `help:"Print it anew every 2 seconds, until Ctrl-C."`
+
+	redisSettings    `embed:""`
+	databaseSettings `embed:""`
+}
+
+const watchEvery = 2 * time.Second
+
+// Run shows the status. What it could not read it names after it has printed the rest.
+func (s *statusCmd) Run(ctx context.Context, in *invocation) error {
+	return in.withAdmin(s.redisSettings, s.databaseSettings, func(a *admin.Admin) error {
+		if !s.Watch {
+			return s.show(ctx, in, a)
+		}
+		return s.watch(ctx, in, a)
+	})
+}
+
+// show prints the status once. Nothing is printed if Redis can't be read.
+func (s *statusCmd) show(ctx context.Context, in *invocation, a *admin.Admin) error {
+	now, unread := a.Status(ctx)
+	if now == nil {
+		return fmt.Errorf("REDIS_URL: %w", unread)
+	}
+	var text bytes.Buffer
+	switch {
+	case s.JSON:
+		if err := json.NewEncoder(&text).Encode(now); err != nil {
+			return err
+		}
+	case s.Watch && isTerminal(in.stdout):
+		text.WriteString(clearScreen)
+		printStatus(&text, now)
+	case s.Watch:
+		printStatus(&text, now)
+		text.WriteByte('\n')
+	default:
+		printStatus(&text, now)
+	}
+	if _, err := in.stdout.Write(text.Bytes()); err != nil {
+		return err
+	}
+	if unread != nil {
+		return fmt.Errorf("DATABASE_URL: %w", unread)
+	}
+	return nil
+}
+
+// clearScreen is ANSI's "erase all of the display" and "cursor to the upper left".
+const clearScreen = "\x1b[2J\x1b[H"
+
+// watch shows the status until ctx ends. Servers that don't answer are what one
+// watches for, so an error doesn't end it.
+func (s *statusCmd) watch(ctx context.Context, in *invocation, a *admin.Admin) error {
+	tick := time.NewTicker(watchEvery)
+	defer tick.Stop()
+	for {
+		err := s.show(ctx, in, a)
+		if ctx.Err() != nil {
+			return nil
+		}
+		if errors.Is(err, syscall.EPIPE) {
+			return err // nobody reads it any more
+		}
+		if err != nil {
+			fmt.Fprintf(in.stderr, "%s: %s %v\n", in.Name, time.Now().Format(time.TimeOnly), err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
+}
+
+// printStatus writes the status for people.
+func printStatus(out *bytes.Buffer, s *admin.Status) {
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	if len(s.Instances) == 0 {
+		fmt.Fprintln(w, "no instance is up")
+	} else {
+		fmt.Fprintln(w, "INSTANCE\tVERSION\tUP SINCE\tHANDS\tPOOL IN\tOUT\tOVERFLOW\tWAITING\tDATABASE\tQUEUES")
+	}
+	for _, i := range s.Instances {
+		database := "there"
+		if i.DatabaseAway {
+			database = "AWAY"
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\t%d/%d\t%d\t%d\t%d\t%d\t%s\t%s\n",
+			printable(i.Name), printable(i.Version), i.Started.UTC().Format(time.DateTime+"Z"), i.Running, i.Concurrency,
+			i.Pool.CheckedIn, i.Pool.CheckedOut, i.Pool.Overflow, i.Pool.Waiting, database, printable(i.Weights()))
+	}
+	_ = w.Flush() // a buffer takes everything
+	for _, m := range s.Missing {
+		fmt.Fprintf(out, "! %s gives no sign of life since %sZ, %s ago\n",
+			printable(m.Name), m.Seen.UTC().Format(time.DateTime), age(s.At.Sub(m.Seen)))
+	}
+	fmt.Fprintln(out)
+	printQueues(w, out, s)
+	fmt.Fprintln(out)
+	printOutbox(out, s)
+}
+
+func printQueues(w *tabwriter.Writer, out *bytes.Buffer, s *admin.Status) {
+	if len(s.Queues) == 0 {
+		fmt.Fprintln(out, "no queue has had a job yet")
+		return
+	}
+	fmt.Fprintln(w, "QUEUE\tPENDING\tACTIVE\tSCHEDULED\tRETRY\tARCHIVED\tLATENCY\t")
+	for _, q := range s.Queues {
+		paused := ""
+		if q.Paused {
+			paused = "PAUSED"
+		}
+		fmt.Fprintf(w, "%s\t%d\t%d\t%d\t%d\t%d\t%s\t%s\n", printable(q.Name),
+			q.Pending, q.Active, q.Scheduled, q.Retry, q.Archived, age(time.Duration(q.LatencyMS)*time.Millisecond), paused)
+	}
+	_ = w.Flush()
+	for _, q := range s.Queues {
+		if q.Pending > 0 && !s.IsServed(q.Name) {
+			fmt.Fprintf(out, "! nobody pulls from %s: no instance has it among its WORKER_QUEUES\n", printable(q.Name))
+		}
+		if q.ArchiveNearlyFull {
+			fmt.Fprintf(out, "! the archive of %s holds %d jobs; beyond %d, asynq drops the oldest\n", printable(q.Name), q.Archived, admin.ArchiveLimit)
+		}
+	}
+}
+
+func printOutbox(out *bytes.Buffer, s *admin.Status) {
+	o := s.Outbox
+	if o == nil {
+		fmt.Fprintf(out, "outbox: %s\n", s.OutboxNote)
+		return
+	}
+	fmt.Fprintf(out, "outbox: %d waiting", o.Waiting)
+	if o.Waiting > 0 {
+		fmt.Fprintf(out, ", the oldest for %s", age(time.Duration(o.OldestMS)*time.Millisecond))
+	}
+	fmt.Fprintf(out, "; %d set aside\n", o.Rejected)
+	for _, p := range o.Problems {
+		fmt.Fprintf(out, "! %d: %s\n", p.Rows, printable(p.Problem))
+	}
+}
+
+// age is a duration to the millisecond if it is short, else to the second.
+func age(d time.Duration) string {
+	if d < time.Second {
+		return d.Round(time.Millisecond).String()
+	}
+	return d.Round(time.Second).String()
+}
+
+// printable keeps what others have written into Redis or the database from moving
+// the cursor, and from filling the screen.
+func printable(s string) string {
+	const most = 120
+	s = strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return ' '
+		}
+		return r
+	}, s)
+	if runes := []rune(s); len(runes) > most {
+		return string(runes[:most-1]) + "…"
+	}
+	return s
+}

@@ -1,0 +1,101 @@
+package delivery
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/hibiken/asynq"
+	"github.com/jackc/pgerrcode"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/carpool-go/carpool/dbpool"
+	"github.com/carpool-go/carpool/internal/asynqwire"
+	"github.com/carpool-go/carpool/internal/reason"
+	"github.com/carpool-go/carpool/tasks"
+)
+
+// postponedError is returned for a job that could not be run for a reason that is
+// not its own. It uses up no try. It does not wrap err, which may be one that asynq
+// would archive the job for.
+type postponedError struct {
+	err   error
+	delay time.Duration // before it is delivered again
+}
+
+func (e *postponedError) Error() string { return e.err.Error() }
+
+// postponeDelay spreads what was postponed together.
+const postponeDelay = 3 * time.Second
+
+func postponed(err error) error {
+	return &postponedError{err, time.Second + rand.N(postponeDelay)}
+}
+
+// errCancelled is returned for a job that was cancelled while it ran.
+var errCancelled = tasks.Permanent(errors.New(reason.Cancelled))
+
+// isConflict reports whether err says that Postgres has sacrificed the
+// transaction to others. It is meant to be run again at once.
+func isConflict(err error) bool {
+	e, ok := errors.AsType[*pgconn.PgError](err)
+	return ok && (e.Code == pgerrcode.SerializationFailure || e.Code == pgerrcode.DeadlockDetected)
+}
+
+// isRefusal reports whether err is Postgres' answer to a statement, and not one
+// that comes of an outage.
+func isRefusal(err error) bool {
+	_, ok := errors.AsType[*pgconn.PgError](err)
+	return ok && !dbpool.IsAway(err)
+}
+
+// isForGood reports whether err is Postgres' answer to a statement that no waiting
+// mends: authorization, no such database or schema, a syntax error or an access rule.
+// The whole classes are meant.
+func isForGood(err error) bool {
+	e, ok := errors.AsType[*pgconn.PgError](err)
+	return ok && slices.ContainsFunc([]string{
+		pgerrcode.InvalidAuthorizationSpecification, pgerrcode.InvalidCatalogName,
+		pgerrcode.InvalidSchemaName, pgerrcode.SyntaxErrorOrAccessRuleViolation,
+	}, func(class string) bool { return strings.HasPrefix(e.Code, class[:2]) })
+}
+
+// isFailure is asynq's question whether an error uses up a try.
+func isFailure(err error) bool {
+	_, isPostponed := errors.AsType[*postponedError](err)
+	_, isSnoozed := tasks.SnoozeDelay(err)
+	return !isPostponed && !isSnoozed && err != context.Canceled //nolint:errorlint // asynq's own: it was cancelled
+}
+
+const (
+	// retryBase and retryCap bound the backoff. With tasks.DefaultMaxRetry a job
+	// that goes on failing is given up after a quarter of an hour on average.
+	retryBase = 2 * time.Second
+	retryCap  = time.Hour
+)
+
+// retryDelay is asynq's question when to deliver a job again. It is exponential
+// backoff with full jitter, which spreads the retries of many jobs that failed at
+// once best; see "Exponential Backoff And Jitter" in the AWS Architecture Blog. A
+// delay that was asked for is kept.
+func retryDelay(retried int, err error, _ *asynq.Task) time.Duration {
+	if d, ok := tasks.SnoozeDelay(err); ok {
+		return d
+	}
+	if e, ok := errors.AsType[*postponedError](err); ok {
+		return e.delay
+	}
+	if d, ok := tasks.RetryDelay(err); ok {
+		return d
+	}
+	switch {
+	case err == context.Canceled: //nolint:errorlint // asynq's own; a handler's comes wrapped by the executor
+		return asynqwire.CancelParkDelay
+	case errors.Is(err, asynq.ErrLeaseExpired):
+		return rand.N(time.Second) // it has waited for a minute already
+	}
+	return rand.N(min(retryCap, retryBase<<min(retried, 20))) + 1
+}
