@@ -28,10 +28,16 @@ type Tasks struct {
 	// ImportDir is the folder below which csv:import may read files; "" refuses
 	// them all. It must exist when the program starts.
 	ImportDir string `env:"IMPORT_DIR" placeholder:"DIR" help:"csv:import may read file: sources below this folder; unset, it refuses them."`
+	// ImportMaxMB is how many megabytes a file from the web may have that csv:import
+	// downloads, unpacked; 0 means 1024.
+	ImportMaxMB int `env:"IMPORT_MAX_MB" default:"1024" help:"csv:import refuses files from the web with more megabytes than this, unpacked."`
 	// WebhookSecret signs what webhook:deliver sends: "whsec_" and base64 of 24 to 64
 	// bytes. "" refuses to deliver any.
 	WebhookSecret string `env:"WEBHOOK_SECRET" secret:"" placeholder:"whsec_…" help:"webhook:deliver signs with this; unset, it refuses to deliver."`
 }
+
+// maxImportMB is a TB, more than any worker's disk.
+const maxImportMB = 1 << 20
 
 // Register adds csv:import, webhook:deliver and rows:prune to s.
 func (t *Tasks) Register(s *tasks.Set) {
@@ -41,7 +47,7 @@ func (t *Tasks) Register(s *tasks.Set) {
 }
 
 func (t *Tasks) importCSV(ctx context.Context, job *tasks.Job, p csvimport.Import) (csvimport.Result, error) {
-	return csvimport.Importer{Dir: t.ImportDir}.Handle(ctx, job, p)
+	return csvimport.Importer{Dir: t.ImportDir, MaxBytes: int64(t.ImportMaxMB) << 20}.Handle(ctx, job, p)
 }
 
 func (t *Tasks) deliverWebhook(ctx context.Context, job *tasks.Job, p webhook.Deliver) (webhook.Result, error) {
@@ -57,6 +63,9 @@ func (t *Tasks) Check() error {
 		if info, err := os.Stat(t.ImportDir); err != nil || !info.IsDir() {
 			faults = append(faults, fmt.Errorf("IMPORT_DIR is %q, which is not a folder that can be read; for example IMPORT_DIR=/var/imports", t.ImportDir))
 		}
+	}
+	if t.ImportMaxMB < 0 || t.ImportMaxMB > maxImportMB {
+		faults = append(faults, fmt.Errorf("IMPORT_MAX_MB is %d, which is not a whole number from 1 to %d; for example IMPORT_MAX_MB=1024", t.ImportMaxMB, maxImportMB))
 	}
 	if t.WebhookSecret != "" {
 		if err := webhook.ValidateSecret(t.WebhookSecret); err != nil {

@@ -124,11 +124,17 @@ type progress struct {
 	Bytes int64  `json:"bytes"`
 }
 
+// DefaultMaxBytes is the bound on a file from a URL of an [Importer] that sets none: a GiB.
+const DefaultMaxBytes = 1 << 30
+
 // Importer runs csv:import. It reads from URLs that the worker lets jobs call (see
 // [outbound.Client]), and the zero value from nowhere else.
 type Importer struct {
 	// Dir is the folder below which file:///… is read; "" refuses all files.
 	Dir string
+	// MaxBytes is how many bytes a file from a URL may have, unpacked; 0 means
+	// [DefaultMaxBytes]. A file below Dir is read where it is, and may have any size.
+	MaxBytes int64
 
 	stall time.Duration // 0 = defaultStall
 }

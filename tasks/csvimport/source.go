@@ -3,6 +3,7 @@ package csvimport
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/csv"
 	"errors"
@@ -143,12 +144,37 @@ func (i Importer) openURL(ctx context.Context, s *source, u *url.URL) (err error
 	if stall == 0 {
 		stall = defaultStall
 	}
+	most := cmp.Or(i.MaxBytes, DefaultMaxBytes)
+	tooLarge := tasks.Permanent(fmt.Errorf("the file has more than %d bytes, unpacked, which is as much as this worker takes; IMPORT_MAX_MB changes it", most))
+	if resp.ContentLength > most {
+		return tooLarge
+	}
 	s.file = spool
-	s.first = io.TeeReader(&stallReader{
+	s.first = io.TeeReader(&boundedReader{left: most, tooLarge: tooLarge, r: &stallReader{
 		r: resp.Body, ctx: ctx, after: stall,
 		timer: time.AfterFunc(stall, func() { cancel(fmt.Errorf("the server sent nothing for %v", stall)) }),
-	}, spool)
+	}}, spool)
 	return nil
+}
+
+// boundedReader fails with tooLarge where more than left bytes come. It stands behind the
+// unpacking that net/http does, because a small answer may be a large file.
+type boundedReader struct {
+	r        io.Reader
+	left     int64
+	tooLarge error
+}
+
+func (b *boundedReader) Read(p []byte) (int, error) {
+	if int64(len(p)) > b.left+1 {
+		p = p[:b.left+1]
+	}
+	n, err := b.r.Read(p)
+	if int64(n) > b.left {
+		return 0, b.tooLarge
+	}
+	b.left -= int64(n)
+	return n, err
 }
 
 // requestError says why a request failed, without the URL that net/http puts
