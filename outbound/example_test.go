@@ -30,3 +30,16 @@ func ExampleClient() {
 	// outbound: 169.254.169.254 is a link-local address; allow it with OUTBOUND_ALLOW=169.254.169.254
 	// another try is of no use: true
 }
+
+// An entry that is no address, network or name of a host is a fault, and all are named at
+// once.
+func ExampleNew() {
+	guard, err := outbound.New("10.1.0.0/16, metrics.internal")
+	fmt.Println(guard != nil, err)
+
+	_, err = outbound.New("http://metrics.internal, 10.1.2.3/16")
+	fmt.Println(err)
+	// Output:
+	// true <nil>
+	// "http://metrics.internal" is not a CIDR such as 10.1.0.0/16 or fd00::/8; "10.1.2.3/16" has bits beyond the prefix; did you mean 10.1.0.0/16?
+}

@@ -5,9 +5,9 @@
 // It is for the handler of a task that calls a URL it was told: [Client] is the
 // HTTP client to do it with. Whoever can enqueue a job can make the worker send
 // requests, from inside the network where databases and metadata services trust
-// their callers. So the check is on the address that is dialled, after names are
-// resolved: neither a name that points inside, nor one that points elsewhere the
-// second time it is asked for, nor a redirect leads round it.
+// their callers. The check is on each address that is dialled, after names are
+// resolved, so it covers a name that points inside, a name that points elsewhere the
+// second time it is asked for, and a redirect.
 //
 // A test that calls a server on this machine allows its address with
 // taskstest.Kit.OutboundAllow.

@@ -66,46 +66,58 @@ const (
 
 var entryName = regexp.MustCompile(`^[A-Za-z0-9_.:-]{1,100}$`)
 
-// Validate reports the first thing that is wrong with the entry. The error begins
-// with the name of the field as it is called in carpool.schedules. Whether a worker
-// knows the kind, it can't tell.
+// The bounds of the times in an entry's options; each is a second at least.
+const (
+	MaxTimeout   = 30 * 24 * time.Hour
+	MaxRetention = 366 * 24 * time.Hour
+)
+
+// Validate reports everything that is wrong with the entry, joined by [errors.Join]. Each
+// error begins with the name of the field as it is called in carpool.schedules. Whether a
+// worker knows the kind, it can't tell.
 func (e Entry) Validate() error {
+	var faults []error
+	add := func(format string, args ...any) { faults = append(faults, fmt.Errorf(format, args...)) }
 	if !entryName.MatchString(e.Name) {
-		return fmt.Errorf("name: %.100q is not made of 1 to 100 letters, digits, or _ . : -", e.Name)
+		add("name: %.100q is not made of 1 to 100 letters, digits, or _ . : -", e.Name)
 	}
 	if e.Payload == nil {
-		return errors.New("payload: is missing")
-	}
-	if err := e.Payload.Validate(); err != nil {
-		return fmt.Errorf("payload: %w", err)
+		add("payload: is missing")
+	} else if err := e.Payload.Validate(); err != nil {
+		add("payload: %w", err)
 	}
 	if o := e.Options; o.Queue != "" && !entryName.MatchString(o.Queue) {
-		return fmt.Errorf("queue: %.100q is not made of 1 to 100 letters, digits, or _ . : -", o.Queue)
+		add("queue: %.100q is not made of 1 to 100 letters, digits, or _ . : -", o.Queue)
 	}
 	if n := e.Options.MaxRetry; n > math.MaxInt32 {
-		return fmt.Errorf("max_retry: %d is more than %d", n, math.MaxInt32)
+		add("max_retry: %d is more than %d", n, math.MaxInt32)
 	}
-	if t := e.Options.Timeout; t != 0 && (t < time.Second || t > 30*24*time.Hour) {
-		return fmt.Errorf("timeout: %s is not from 1s to 30 days", t)
+	if t := e.Options.Timeout; t != 0 && (t < time.Second || t > MaxTimeout) {
+		add("timeout: %s is not from 1s to 30 days", t)
 	}
-	if r := e.Options.Retention; r != 0 && (r < time.Second || r > 366*24*time.Hour) {
-		return fmt.Errorf("retention: %s is not from 1s to 366 days", r)
+	if r := e.Options.Retention; r != 0 && (r < time.Second || r > MaxRetention) {
+		add("retention: %s is not from 1s to 366 days", r)
 	}
 	if e.Options.Isolation != "" {
-		return errors.New("isolation: belongs to the kind; an entry can't override it")
+		add("isolation: belongs to the kind; an entry can't override it")
 	}
 	switch e.Missed {
 	case "", MissedSkip, MissedOnce, MissedAll:
 	default:
-		return fmt.Errorf("missed: %.100q is not one of skip, once, all", e.Missed)
+		add("missed: %.100q is not one of skip, once, all", e.Missed)
 	}
 	switch e.Overlap {
 	case "", OverlapAllow, OverlapSkip, OverlapQueue:
 	default:
-		return fmt.Errorf("overlap: %.100q is not one of allow, skip, queue", e.Overlap)
+		add("overlap: %.100q is not one of allow, skip, queue", e.Overlap)
 	}
-	_, err := ParseSchedule(e.Cron, e.TimeZone)
-	return err
+	if _, err := parseZone(e.TimeZone); err != nil {
+		faults = append(faults, err)
+	}
+	if _, err := ParseSchedule(e.Cron, ""); err != nil {
+		faults = append(faults, err)
+	}
+	return errors.Join(faults...)
 }
 
 // definition is an entry as carpool.schedules has it; null is nil.

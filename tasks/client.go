@@ -14,6 +14,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/internal/asynqwire"
+	"github.com/carpool-go/carpool/internal/reason"
 	"github.com/carpool-go/carpool/internal/unique"
 )
 
@@ -169,6 +170,15 @@ func (c *Client) Get(ctx context.Context, queue, id string) (*Info, error) {
 // ErrJobFailed is wrapped by the error of [Client.Wait] for a job that was archived.
 var ErrJobFailed = errors.New("job failed")
 
+// ErrJobCancelled is wrapped by the error of [Client.Wait] for a job that was cancelled. It
+// wraps [ErrJobFailed].
+var ErrJobCancelled error = jobCancelledError{}
+
+type jobCancelledError struct{}
+
+func (jobCancelledError) Error() string { return "job cancelled" }
+func (jobCancelledError) Unwrap() error { return ErrJobFailed }
+
 // waitEvery is how often Wait looks. asynq announces nothing when a job ends.
 const waitEvery = 50 * time.Millisecond
 
@@ -180,17 +190,22 @@ const waitThrough = 30 * time.Second
 // if it has none or was not retained. progress, if not nil, is called whenever the job's
 // state or its result so far changes.
 //
-// The error wraps [ErrJobFailed] and holds the reason if the job was archived. It is Redis'
-// once Redis has not answered for 30 s, or has no such queue; else it is the end of ctx. A
-// job that the queue doesn't have counts as done, because it was not retained.
+// The error wraps [ErrJobFailed] and holds the reason if the job was archived, and
+// [ErrJobCancelled] if it was cancelled. It is Redis' once Redis has not answered for 30 s,
+// or has no such queue; else it is the end of ctx. A job that the queue doesn't have counts
+// as done, because it was not retained; but one that was to be retained, and is gone before
+// it has ended, counts as cancelled.
 func (c *Client) Wait(ctx context.Context, queue, id string, progress func(*Info)) (result []byte, err error) {
 	tick := time.NewTicker(waitEvery)
 	defer tick.Stop()
 	var last string
+	var retention time.Duration
 	answered := time.Now()
 	for {
 		info, err := c.inspector.GetTaskInfo(queue, id)
 		switch {
+		case errors.Is(err, asynq.ErrTaskNotFound) && time.Since(answered) < retention:
+			return nil, fmt.Errorf("%w: it was removed from its queue", ErrJobCancelled)
 		case errors.Is(err, asynq.ErrTaskNotFound):
 			return nil, nil // done, and not retained
 		case errors.Is(err, asynq.ErrQueueNotFound), err != nil && time.Since(answered) > waitThrough:
@@ -199,10 +214,13 @@ func (c *Client) Wait(ctx context.Context, queue, id string, progress func(*Info
 		case info.State == asynq.TaskStateCompleted:
 			return info.Result, nil
 		case info.State == asynq.TaskStateArchived:
+			if why, _ := reason.OfArchived(info.LastErr, info.Retried); why == reason.Cancelled {
+				return nil, ErrJobCancelled
+			}
 			return nil, fmt.Errorf("%w: %s", ErrJobFailed, info.LastErr)
 		}
 		if err == nil {
-			answered = time.Now()
+			answered, retention = time.Now(), info.Retention
 			if now := info.State.String() + string(info.Result); progress != nil && now != last {
 				progress(infoOf(info))
 				last = now

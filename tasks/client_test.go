@@ -184,6 +184,30 @@ func TestClient_WaitGoesOnWhileRedisIsAway(t *testing.T) {
 	}
 }
 
+func TestClient_WaitSaysThatAJobWasCancelled(t *testing.T) {
+	t.Parallel()
+	kit := taskstest.New(t)
+	cancelled := func(retention time.Duration) error {
+		t.Helper()
+		info, err := kit.Client.Enqueue(t.Context(), parcel{To: "Ada"}, &tasks.EnqueueOptions{Retention: retention})
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = kit.Client.Wait(t.Context(), info.Queue, info.ID, func(*tasks.Info) {
+			if err := kit.Client.Cancel(t.Context(), info.ID); err != nil {
+				t.Error(err)
+			}
+		})
+		return err
+	}
+	if err := cancelled(time.Hour); !errors.Is(err, tasks.ErrJobCancelled) || !errors.Is(err, tasks.ErrJobFailed) {
+		t.Errorf("error %v, want that it was cancelled", err)
+	}
+	if err := cancelled(0); err != nil {
+		t.Errorf("error %v, want none: it may be done, as it was not to be retained", err)
+	}
+}
+
 func TestJob_ProgressIsWrittenAtMostOnceASecond(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

@@ -34,8 +34,8 @@ func (e *permanentError) Error() string   { return e.err.Error() }
 func (e *permanentError) Unwrap() error   { return e.err }
 func (e *permanentError) Is(t error) bool { return t == asynq.SkipRetry }
 
-// RetryAfter returns an error that wraps err and has the job tried again after d, in place
-// of the usual backoff. It uses up a try. RetryAfter(d, nil) is nil.
+// RetryAfter returns an error that wraps err and has the job tried again no sooner than
+// after d, in place of the usual backoff. It uses up a try. RetryAfter(d, nil) is nil.
 func RetryAfter(d time.Duration, err error) error {
 	if err == nil {
 		return nil

@@ -76,8 +76,8 @@ func Once[R any](ctx context.Context, job *Job, fn func(tx pgx.Tx) (R, error)) (
 
 // ErrNoAnswer is wrapped by the error of a job's transaction whose beginning or commit got
 // no answer: it may have been committed. The job is run again, which resolves it by
-// looking for the record. A handler of [RegisterOnce] that undoes what it did elsewhere
-// when [Once] fails leaves it as it is after this error.
+// looking for the record. A handler of [RegisterOnce] must not undo after this error what
+// it has done elsewhere.
 var ErrNoAnswer = once.ErrNoAnswer
 
 // delivery is the job as internal/once knows it, over all runs of one delivery.

@@ -6,7 +6,8 @@
 // A service makes a [Client] with [NewClient] and calls [Client.Enqueue] with a payload:
 // one of its own, or one of the ready-made kinds in the packages csvimport, webhook and
 // rowsprune below this one. [Client.EnqueueTx] enqueues in a transaction of Postgres, so
-// that the job is there if what it is about was committed. Neither needs net/http.
+// that the job is there if what it is about was committed. The package brings no net/http
+// along.
 //
 // # To write a task
 //

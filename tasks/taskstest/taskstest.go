@@ -7,8 +7,8 @@
 //	func TestMain(m *testing.M) { taskstest.Main(m) }
 //
 // A test makes a [Kit] with [New], runs a handler with [Run] or [RunTx], and looks at what
-// it returned, wrote to [Kit.DB] and enqueued. Tests may be parallel. The machine needs
-// redis-server and the programs of Postgres.
+// it returned, wrote to [Kit.DB] and enqueued. Tests may be parallel. The servers are
+// programs of the machine: redis-server and Postgres.
 package taskstest
 
 import (
