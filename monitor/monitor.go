@@ -4,6 +4,7 @@
 package monitor
 
 import (
+	"log/slog"
 	"net"
 	"net/http"
 
@@ -27,6 +28,8 @@ type Config struct {
 	// ShowPayloads shows the values in payloads and results. They may be personal or secret,
 	// so by default only the names of the fields are shown.
 	ShowPayloads bool
+	// Logger takes wrong logins; nil drops them.
+	Logger *slog.Logger
 }
 
 // New returns the monitor. What is done with jobs of the archive on its pages is

@@ -2,8 +2,6 @@ package monitor
 
 import (
 	"bytes"
-	"crypto/sha256"
-	"crypto/subtle"
 	"encoding/json"
 	"net"
 	"net/http"
@@ -13,6 +11,7 @@ import (
 // against other web pages that the reader has open.
 func protect(pages http.Handler, cfg Config) http.Handler {
 	guarded := http.NewCrossOriginProtection().Handler(pages)
+	logins := newLogins(cfg.User, cfg.Password, orDiscard(cfg.Logger))
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()
 		h.Set("X-Frame-Options", "DENY")
@@ -25,24 +24,12 @@ func protect(pages http.Handler, cfg Config) http.Handler {
 				http.Error(w, "this name is not known here; open the address that the monitor listens on", http.StatusForbidden)
 				return
 			}
-		} else if !cfg.admits(r) {
-			h.Set("WWW-Authenticate", `Basic realm="carpool", charset="UTF-8"`)
-			http.Error(w, "a login is needed", http.StatusUnauthorized)
+		} else if !logins.admits(r) {
+			logins.refuse(w, r)
 			return
 		}
 		guarded.ServeHTTP(w, r)
 	})
-}
-
-// admits compares in constant time, lengths included.
-func (c Config) admits(r *http.Request) bool {
-	user, password, _ := r.BasicAuth()
-	return same(user, c.User)&same(password, c.Password) == 1
-}
-
-func same(a, b string) int {
-	x, y := sha256.Sum256([]byte(a)), sha256.Sum256([]byte(b))
-	return subtle.ConstantTimeCompare(x[:], y[:])
 }
 
 func hostOf(hostPort string) string {

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/alecthomas/kong"
+	"golang.org/x/net/netutil"
 
 	"github.com/carpool-go/carpool/monitor"
 )
@@ -72,6 +73,10 @@ func (m *monitorCmd) config(in *invocation) (monitor.Config, error) {
 	return cfg, f.err()
 }
 
+// maxConnections is how many connections the monitor serves at once; others wait. A browser
+// has six. The timeouts see to it that nobody holds one for long without saying anything.
+const maxConnections = 32
+
 // monitorGrace is how long requests may go on when the monitor is to stop.
 const monitorGrace = 5 * time.Second
 
@@ -87,7 +92,7 @@ func (m *monitorCmd) Run(ctx context.Context, in *invocation) error {
 		return err
 	}
 	defer rdb.Close()
-	cfg.Redis = rdb
+	cfg.Redis, cfg.Logger = rdb, log
 	listener, err := net.Listen("tcp", m.Addr)
 	if err != nil {
 		return fmt.Errorf("MONITOR_ADDR: %w", err)
@@ -95,12 +100,14 @@ func (m *monitorCmd) Run(ctx context.Context, in *invocation) error {
 	server := &http.Server{
 		Handler:           monitor.New(cfg),
 		ReadHeaderTimeout: 10 * time.Second,
-		IdleTimeout:       2 * time.Minute,
+		ReadTimeout:       30 * time.Second,
+		WriteTimeout:      time.Minute,
+		IdleTimeout:       30 * time.Second,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 	}
 	log.Info("monitor started", "version", in.Version, "url", "http://"+listener.Addr().String())
 	served := make(chan error, 1)
-	go func() { served <- server.Serve(listener) }()
+	go func() { served <- server.Serve(netutil.LimitListener(listener, maxConnections)) }()
 	if err := rdb.Ping(ctx).Err(); err != nil && ctx.Err() == nil {
 		log.Warn("Redis does not answer; the pages show errors until it does", "error", err)
 	}

@@ -1,0 +1,119 @@
+package monitor
+
+import (
+	"bufio"
+	"bytes"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+func TestLogins_WrongOnesAreAnsweredLaterAndLaterByAddress(t *testing.T) {
+	t.Parallel()
+	l := newLogins("carpool", "open sesame", slog.New(slog.DiscardHandler))
+	var delays []time.Duration
+	for range 8 {
+		delays = append(delays, l.note("192.0.2.1"))
+	}
+	for i, want := range []time.Duration{100, 200, 400, 800, 1000, 1000, 1000, 1000} {
+		if want *= time.Millisecond; delays[i] != want {
+			t.Errorf("wrong login %d is answered after %s, want %s", i+1, delays[i], want)
+		}
+	}
+	if delay := l.note("192.0.2.2"); delay != firstDelay {
+		t.Errorf("another address waits for %s", delay)
+	}
+	l.failed["192.0.2.1"] = failures{8, time.Now().Add(-forgetAfter - time.Second)}
+	if delay := l.note("192.0.2.1"); delay != firstDelay {
+		t.Errorf("what was long ago counts: %s", delay)
+	}
+}
+
+func TestLogins_AreRememberedOfABoundedNumberOfAddresses(t *testing.T) {
+	t.Parallel()
+	l := newLogins("carpool", "open sesame", slog.New(slog.DiscardHandler))
+	for i := range 2*maxAddresses + 1 {
+		l.note(fmt.Sprint(i))
+	}
+	if len(l.failed) > maxAddresses {
+		t.Errorf("%d addresses are remembered", len(l.failed))
+	}
+}
+
+// lockedBuffer is a log that several requests write.
+type lockedBuffer struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+func (b *lockedBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
+}
+
+func TestMonitor_WrongLoginsAreLoggedWithoutThePasswordAndTheRightOneIsNeverKeptOut(t *testing.T) {
+	t.Parallel()
+	log := new(lockedBuffer)
+	at := serve(t, Config{Password: "open sesame", Logger: slog.New(slog.NewJSONHandler(log, nil))})
+	var wrong sync.WaitGroup
+	for range 20 {
+		wrong.Go(func() {
+			if code, _ := ask(t, "GET", at+"/api/queues", func(r *http.Request) { r.SetBasicAuth("carpool", "s3cr3t") }); code != http.StatusUnauthorized {
+				t.Errorf("a wrong password is answered with %d", code)
+			}
+		})
+	}
+	for range 20 {
+		if code, _ := ask(t, "GET", at+"/api/queues", func(r *http.Request) { r.SetBasicAuth("carpool", "open sesame") }); code != http.StatusOK {
+			t.Errorf("the right password is answered with %d", code)
+		}
+	}
+	wrong.Wait()
+	if got := log.String(); strings.Count(got, "wrong user or password") != 1 || !strings.Contains(got, `"address":"127.0.0.1"`) || strings.Contains(got, "s3cr3t") {
+		t.Errorf("the log has\n%s", got)
+	}
+}
+
+// Whoever has no login can't hold a connection with a body that never comes.
+func TestMonitor_RequestWithoutALoginIsAnsweredBeforeItsBodyAndItsConnectionIsClosed(t *testing.T) {
+	t.Parallel()
+	at := serve(t, Config{Password: "open sesame"})
+	for name, header := range map[string]string{
+		"announced": "Content-Length: 1000\r\n",
+		"chunked":   "Transfer-Encoding: chunked\r\n",
+	} {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(at, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		_ = conn.SetDeadline(time.Now().Add(time.Minute))
+		if _, err := fmt.Fprintf(conn, "POST /api/queues/default:pause HTTP/1.1\r\nHost: x\r\n%s\r\n", header); err != nil {
+			t.Fatal(err)
+		}
+		r := bufio.NewReader(conn)
+		answer, err := http.ReadResponse(r, nil)
+		if err != nil || answer.StatusCode != http.StatusUnauthorized {
+			t.Fatalf("%s: %+v, error %v; want 401", name, answer, err)
+		}
+		if _, err := io.Copy(io.Discard, answer.Body); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.ReadByte(); err == nil || strings.Contains(err.Error(), "timeout") {
+			t.Errorf("%s: the connection is still open: %v", name, err)
+		}
+	}
+}
