@@ -51,7 +51,10 @@ func arrows() map[string]string {
 		"internal/testservers":       "internal/servers",
 		"internal/servers":           "",
 		"internal/deploytest":        "",
-		"dev":                        "tasks tasks/csvimport tasks/maintenance tasks/webhook internal/servers",
+		"dev":                        "dev/internal/command", // it is to be compiled in seconds
+		"dev/internal/command":       "",
+		"dev/tour":                   "dev/internal/command dev/data tasks tasks/csvimport tasks/maintenance tasks/webhook internal/servers",
+		"dev/data":                   "",
 		"examples":                   "",
 		"examples/go":                "tasks tasks/rowsprune",
 	}

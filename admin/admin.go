@@ -1,10 +1,11 @@
-// Package admin is what an operator does with jobs and queues: look at how everything
-// stands, put back or delete jobs that were given up, cancel one, pause a queue.
+// Package admin does what an operator does with jobs and queues: look at how everything
+// stands, put back or delete jobs that were given up, cancel one, pause a queue. It is for
+// tools that people use, such as a worker's command line and its monitor; they begin with
+// [New].
 //
-// It is for tools that people use, such as a worker's command line and its monitor. It is
-// not for application logic: what is true of a queue when it is asked for is over when it
-// is answered, the calls read whole queues, and what they change is meant to be changed by
-// somebody who knows why. A service that enqueues jobs uses [tasks.Client].
+// Application logic has no place here, because the calls read whole queues, what they
+// answer may be over when it arrives, and what they change is for somebody who knows why.
+// A service that enqueues jobs uses [tasks.Client].
 package admin
 
 import (
@@ -33,14 +34,16 @@ type Admin struct {
 	locks     *unique.Locks
 }
 
-// New returns an Admin. db has the outbox and may be nil: then the outbox isn't read, and
-// a job that is still there can't be cancelled. The caller closes both.
+// New returns an Admin of the Redis that has the queues ([tasks.OpenRedis] makes rdb) and
+// of the database that has the outbox. With a nil db the outbox is left out: its state
+// isn't read, and a job that is still there can't be cancelled. A nil rdb does for who works
+// on the outbox only. The caller closes both.
 func New(rdb redis.UniversalClient, db *dbpool.Pool) *Admin {
 	return &Admin{rdb, db, asynq.NewInspectorFromRedisClient(rdb), tasks.NewClient(rdb), unique.NewLocks(rdb)}
 }
 
-// Cancel cancels a job as [tasks.Client.Cancel] does, and also one that is still in the
-// outbox, which is removed there. The errors are that one's, or the database's.
+// Cancel cancels a job as [tasks.Client.Cancel] does, and removes one that is still in the
+// outbox. The errors are that method's, or the database's.
 func (a *Admin) Cancel(ctx context.Context, id string) error {
 	err := a.client.Cancel(ctx, id)
 	switch {
@@ -63,8 +66,8 @@ func (a *Admin) Cancel(ctx context.Context, id string) error {
 var ErrNoSuchQueue = errors.New("no queue of this name has had a job yet")
 
 // Pause keeps workers from fetching jobs of a queue until [Admin.Resume]. Jobs that run go
-// on, and jobs can be enqueued. Pausing a paused queue does nothing. The error wraps
-// [ErrNoSuchQueue] or is Redis'.
+// on, and jobs can be enqueued. A queue that is paused already stays so, since when it
+// was. The error wraps [ErrNoSuchQueue] or is Redis'.
 func (a *Admin) Pause(ctx context.Context, queue string) error {
 	err := a.requireQueue(ctx, queue)
 	if err == nil {
@@ -76,8 +79,8 @@ func (a *Admin) Pause(ctx context.Context, queue string) error {
 	return nil
 }
 
-// Resume ends what [Admin.Pause] began. Resuming a queue that isn't paused does nothing.
-// The error wraps [ErrNoSuchQueue] or is Redis'.
+// Resume lets workers fetch jobs of a queue again, and does nothing to one that isn't
+// paused. The error wraps [ErrNoSuchQueue] or is Redis'.
 func (a *Admin) Resume(ctx context.Context, queue string) error {
 	err := a.requireQueue(ctx, queue)
 	if err == nil {

@@ -16,28 +16,31 @@ import (
 	"github.com/carpool-go/carpool/tasks"
 )
 
-// ArchiveLimit is how many jobs the archive of a queue holds; for each one more, and after
-// 90 days, asynq drops the oldest. From ArchiveWarning jobs on it is nearly full.
 const (
-	ArchiveLimit   = asynqwire.ArchiveLimit
+	// ArchiveLimit is how many jobs the archive of a queue holds. asynq drops the oldest for
+	// each one more, and each after 90 days.
+	ArchiveLimit = asynqwire.ArchiveLimit
+	// ArchiveWarning is the number of jobs from which on an archive is nearly full.
 	ArchiveWarning = asynqwire.ArchiveWarning
 )
 
-// ErrNotArchived is wrapped by the error for a job that is not, or no longer, in the
-// archive.
+// ErrNotArchived is wrapped by the error for a job that is not in the archive, or has left
+// it meanwhile.
 var ErrNotArchived = errors.New("the job is not in the archive")
 
-// ArchivedJob is a job that was given up.
+// ArchivedJob is a job that was given up. It comes from [Admin.Archived] or
+// [Admin.ArchivedJob], because [Admin.Retry] needs more of it than the fields here.
 type ArchivedJob struct {
 	ID    string `json:"id"`
 	Kind  string `json:"kind"`
 	Queue string `json:"queue"`
-	// Tries is how often it was run.
-	Tries      int       `json:"tries"`
+	// Tries is how often the job was run.
+	Tries int `json:"tries"`
+	// ArchivedAt is when it was given up, in UTC.
 	ArchivedAt time.Time `json:"archived_at"`
 	// Reason is why it was given up.
 	Reason string `json:"reason"`
-	// Payload is what it carries, which may be personal or secret.
+	// Payload is what it carries, as JSON, which may be personal or secret.
 	Payload []byte `json:"-"`
 
 	headers map[string]string
@@ -51,12 +54,15 @@ func archivedJob(t *asynq.TaskInfo) ArchivedJob {
 	}
 }
 
-// ArchiveFilter chooses jobs of the archive. The zero value chooses all.
+// ArchiveFilter chooses jobs of the archive: those that all of its fields choose. The zero
+// value chooses all.
 type ArchiveFilter struct {
-	Kind string // only jobs of this kind; "": of all
-	// Reason chooses jobs whose reason has this text in it; "": all.
+	// Kind chooses the jobs of one kind; "" chooses all.
+	Kind string
+	// Reason chooses the jobs whose reason has this text in it; "" chooses all.
 	Reason string
-	Queue  string // only jobs of this queue; "": of all
+	// Queue chooses the jobs of one queue; "" chooses all.
+	Queue string
 }
 
 func (f ArchiveFilter) chooses(job ArchivedJob) bool {
@@ -67,7 +73,8 @@ func (f ArchiveFilter) chooses(job ArchivedJob) bool {
 const archivePage = 500
 
 // Archived returns the jobs that were given up and that the filter chooses, the latest
-// first. The error is Redis'.
+// first, with their payloads: of all queues at once that is up to [ArchiveLimit] jobs a
+// queue. The error is Redis', or the end of ctx.
 func (a *Admin) Archived(ctx context.Context, f ArchiveFilter) ([]ArchivedJob, error) {
 	queues, err := a.inspector.Queues()
 	if err != nil {
@@ -103,8 +110,8 @@ func (a *Admin) Archived(ctx context.Context, f ArchiveFilter) ([]ArchivedJob, e
 	return jobs, nil
 }
 
-// ArchivedJob returns a job of a queue's archive. The error wraps [ErrNotArchived] if it
-// isn't there, or is Redis'.
+// ArchivedJob returns one job of a queue's archive. The error wraps [ErrNotArchived], or is
+// Redis'.
 func (a *Admin) ArchivedJob(ctx context.Context, queue, id string) (ArchivedJob, error) {
 	if err := ctx.Err(); err != nil {
 		return ArchivedJob{}, context.Cause(ctx)
@@ -119,12 +126,13 @@ func (a *Admin) ArchivedJob(ctx context.Context, queue, id string) (ArchivedJob,
 	return archivedJob(t), nil
 }
 
-// Retry puts a job of [Admin.Archived] back on its queue, with all its tries, and takes its
-// unique key again. asynq's own way of it leaves the tries used up, so that the next
-// failure would be the last, and goes past the unique key.
+// Retry puts a job of the archive back on its queue, with all its tries, and takes its
+// unique key again. asynq's Inspector would leave the tries used up, so that the next
+// failure is the last, and pass over the unique key.
 //
-// The error is a [tasks.DuplicateError] if another job holds the key by now, in which case
-// the job stays; it wraps [ErrNotArchived] if somebody else was faster; or is Redis'.
+// The error is a [tasks.DuplicateError] if another job holds the key by now; it wraps
+// [ErrNotArchived] if the job has left the archive meanwhile; or it is Redis'. After a
+// DuplicateError the job is still in the archive.
 func (a *Admin) Retry(ctx context.Context, job ArchivedJob) error {
 	msg, err := asynqwire.ReadMessage(ctx, a.rdb, job.Queue, job.ID)
 	if err == nil {
@@ -141,8 +149,8 @@ func (a *Admin) Retry(ctx context.Context, job ArchivedJob) error {
 	return changed(job, err)
 }
 
-// Delete deletes a job of [Admin.Archived] for good. The error wraps [ErrNotArchived] if
-// somebody else was faster, or is Redis'.
+// Delete deletes a job of the archive for good. The error wraps [ErrNotArchived] if the job
+// has left the archive meanwhile, or is Redis'.
 func (a *Admin) Delete(ctx context.Context, job ArchivedJob) error {
 	if err := ctx.Err(); err != nil {
 		return changed(job, context.Cause(ctx))
@@ -160,7 +168,8 @@ func changed(job ArchivedJob, err error) error {
 	return nil
 }
 
-// NearlyFull returns the queues whose archive is nearly full. The error is Redis'.
+// NearlyFull returns the queues whose archive has [ArchiveWarning] jobs or more. The error
+// is Redis'.
 func (a *Admin) NearlyFull(ctx context.Context) (queues []string, err error) {
 	names, err := a.inspector.Queues()
 	if err != nil {

@@ -17,33 +17,39 @@ import (
 	"github.com/carpool-go/carpool/internal/instance"
 )
 
-// Instance is the snapshot of one worker process, which it writes to Redis every few
-// seconds.
+// Instance is the snapshot of one worker process, which the worker writes to Redis every
+// few seconds.
 type Instance struct {
 	// Name is different for any two instances that live at once.
-	Name    string `json:"name"`
+	Name string `json:"name"`
+	// Version is that of the worker's program.
 	Version string `json:"version"`
 	Host    string `json:"host"`
 	PID     int    `json:"pid"`
-	// Started, and Seen, when the snapshot was taken, are by the instance's clock.
+	// Started is when the worker started, by the clock of its host.
 	Started time.Time `json:"started"`
-	Seen    time.Time `json:"seen"`
-	// Queues are those it shares with others, with their weights; OwnQueue is
-	// the one that only it pulls from.
-	Queues   map[string]int `json:"queues"`
-	OwnQueue string         `json:"own_queue"`
-	// Concurrency is how many jobs it runs at most at once, without those of OwnQueue;
-	// Running is how many it runs, with them.
+	// Seen is when the snapshot was taken, by the clock of its host.
+	Seen time.Time `json:"seen"`
+	// Queues are the queues that it shares with other instances, with their weights.
+	Queues map[string]int `json:"queues"`
+	// OwnQueue is the queue that only this instance pulls from.
+	OwnQueue string `json:"own_queue"`
+	// Kinds are the kinds of job that it knows, sorted; nil for an instance of an older
+	// version, whose snapshot doesn't say.
+	Kinds []string `json:"kinds,omitempty"`
+	// Concurrency is how many jobs it runs at most at once, without those of OwnQueue.
 	Concurrency int `json:"hands"`
-	Running     int `json:"running"`
-	Fetchers    int `json:"fetchers"`
+	// Running is how many jobs it runs, with those of OwnQueue.
+	Running int `json:"running"`
+	// Fetchers is how many loops fetch jobs side by side.
+	Fetchers int `json:"fetchers"`
 	// Pool is how its pool of connections stands.
 	Pool InstancePool `json:"pool"`
 	// DatabaseAway is true while its jobs wait for the database to come back.
 	DatabaseAway bool `json:"database_away"`
 }
 
-// Weights are the shared queues as "critical=6,default=3", the heaviest first.
+// Weights returns Queues as "critical=6,default=3", the heaviest first.
 func (i Instance) Weights() string {
 	names := slices.SortedFunc(maps.Keys(i.Queues), func(a, b string) int {
 		return cmp.Or(i.Queues[b]-i.Queues[a], strings.Compare(a, b))
@@ -54,20 +60,48 @@ func (i Instance) Weights() string {
 	return strings.Join(names, ",")
 }
 
-// InstancePool is of a pool's statistics what the record after each job has too.
+// knownKinds returns the kinds that at least one of the instances knows, sorted. ok is false
+// if that can't be said: there is no instance, or one whose snapshot doesn't say.
+func knownKinds(instances []Instance) (kinds []string, ok bool) {
+	for _, i := range instances {
+		if i.Kinds == nil {
+			return nil, false
+		}
+		kinds = append(kinds, i.Kinds...)
+	}
+	slices.Sort(kinds)
+	return slices.Compact(kinds), len(instances) > 0
+}
+
+// KnownKinds returns the kinds of job that the instances know that are up, sorted. ok is
+// false if that can't be said: no instance is up, or one of an older version is, as during
+// a deploy, whose snapshot doesn't say what it knows. The error is Redis'.
+func (a *Admin) KnownKinds(ctx context.Context) (kinds []string, ok bool, err error) {
+	up, _, err := readInstances(ctx, a.rdb)
+	if err != nil {
+		return nil, false, err
+	}
+	kinds, ok = knownKinds(up)
+	return kinds, ok, nil
+}
+
+// InstancePool is how the pool of an instance stands, in numbers of connections as
+// [dbpool.Stats] has them: the six that the record after each job has too.
 type InstancePool struct {
 	PoolSize   int `json:"pool_size"`
 	CheckedIn  int `json:"checked_in"`
 	CheckedOut int `json:"checked_out"`
 	Overflow   int `json:"overflow"`
 	Invalid    int `json:"invalid"`
-	Waiting    int `json:"waiting"`
+	// Waiting is how many jobs wait for a connection.
+	Waiting int `json:"waiting"`
 }
 
-// MissingInstance is one that has not written its snapshot in time.
+// MissingInstance is an instance whose last snapshot is too old, because it has died or
+// does not reach Redis.
 type MissingInstance struct {
 	Name string `json:"name"`
-	// Seen is when it last did.
+	// Seen is when it last wrote one.
 	Seen time.Time `json:"seen"`
 }
 

@@ -4,30 +4,37 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
 	"github.com/hibiken/asynq"
-	"github.com/jackc/pgerrcode"
-	"github.com/jackc/pgx/v5/pgconn"
 
+	"github.com/carpool-go/carpool/internal/asynqwire"
 	"github.com/carpool-go/carpool/internal/instance"
 	"github.com/carpool-go/carpool/internal/outbox"
 )
 
-// Status is how everything stood at one moment. Its JSON is that of the command status.
+// Status is how everything stood at one moment. Its JSON is what the command status --json
+// prints.
 type Status struct {
+	// At is when it was read, in UTC.
 	At time.Time `json:"at"`
-	// Instances are those that are up, the oldest first; Missing are those that should be.
-	Instances []Instance        `json:"instances"`
-	Missing   []MissingInstance `json:"missing"`
-	Queues    []Queue           `json:"queues"`
+	// Instances are the workers that are up, the oldest first.
+	Instances []Instance `json:"instances"`
+	// Missing are the workers that have fallen silent before they stopped.
+	Missing []MissingInstance `json:"missing"`
+	// Queues are those that instances share, by name.
+	Queues []Queue `json:"queues"`
+	// ServedQueues are those of [Admin.ServedQueues].
+	ServedQueues []string `json:"served_queues,omitempty"`
 	// Outbox is nil if it was not read; OutboxNote says why.
 	Outbox     *Outbox `json:"outbox"`
 	OutboxNote string  `json:"outbox_note,omitempty"`
 }
 
-// Queue is how a queue stands that instances share.
+// Queue is how a queue stands that instances share. The numbers of jobs are by their
+// [tasks.State].
 type Queue struct {
 	Name      string `json:"name"`
 	Pending   int    `json:"pending"`
@@ -38,26 +45,40 @@ type Queue struct {
 	Completed int    `json:"completed"`
 	// LatencyMS is how long the oldest pending job has waited, in milliseconds.
 	LatencyMS int64 `json:"latency_ms"`
-	Paused    bool  `json:"paused"`
-	// ArchiveNearlyFull is true from [ArchiveWarning] jobs on.
+	// Paused is true between [Admin.Pause] and [Admin.Resume].
+	Paused bool `json:"paused"`
+	// ArchiveNearlyFull is true from [ArchiveWarning] archived jobs on.
 	ArchiveNearlyFull bool `json:"archive_nearly_full"`
 }
 
-// Outbox is how carpool.outbox stands.
+// Outbox is how the table carpool.outbox stands, by which jobs go that are enqueued in a
+// transaction.
 type Outbox struct {
-	// Waiting rows are on their way to Redis; OldestMS is the age of the oldest,
-	// in milliseconds.
-	Waiting  int   `json:"waiting"`
+	// Waiting is how many rows are on their way to Redis.
+	Waiting int `json:"waiting"`
+	// OldestMS is the age of the oldest of them, in milliseconds.
 	OldestMS int64 `json:"oldest_ms"`
-	// Rejected rows have a problem; Problems are the most frequent ones.
-	Rejected int             `json:"set_aside"`
+	// UnknownKinds are the kinds of waiting rows that no instance knows that is up. It is nil
+	// if all are known, and if that can't be said; see [Admin.KnownKinds].
+	UnknownKinds []OutboxKind `json:"unknown_kinds,omitempty"`
+	// Rejected is how many rows can't become jobs.
+	Rejected int `json:"set_aside"`
+	// Problems are the reasons for that, the five most frequent ones.
 	Problems []OutboxProblem `json:"problems"`
 }
 
-// OutboxProblem is why rows of the outbox can't become jobs, and how many.
+// OutboxKind is a kind of job that rows of the outbox are of.
+type OutboxKind struct {
+	Kind string `json:"kind"`
+	// Rows is how many rows are of it.
+	Rows int `json:"rows"`
+}
+
+// OutboxProblem is a reason for which rows of the outbox can't become jobs.
 type OutboxProblem struct {
 	Problem string `json:"problem"`
-	Rows    int    `json:"rows"`
+	// Rows is how many rows have it.
+	Rows int `json:"rows"`
 }
 
 const (
@@ -67,32 +88,37 @@ const (
 	problemsShown = 5
 )
 
-// IsServed reports whether an instance that is up pulls from the queue.
+// IsServed reports whether somebody pulls from a queue: an instance that is up, or another
+// server of asynq's.
 func (s *Status) IsServed(queue string) bool {
-	return slices.ContainsFunc(s.Instances, func(i Instance) bool {
+	return slices.Contains(s.ServedQueues, queue) || slices.ContainsFunc(s.Instances, func(i Instance) bool {
 		_, ok := i.Queues[queue]
 		return ok || i.OwnQueue == queue
 	})
 }
 
-// Status reads how everything stands. It is nil if Redis can't be read, with Redis' error;
-// an error beside a status is the database's, and the status has the rest.
+// Status reads how everything stands. If Redis can't be read, the status is nil and the
+// error Redis'. If only the database can't be read, the error is the database's, and the
+// status has all but the outbox.
 func (a *Admin) Status(ctx context.Context) (*Status, error) {
 	now := &Status{At: time.Now().UTC()}
 	var err error
 	if now.Instances, now.Missing, err = readInstances(ctx, a.rdb); err != nil {
 		return nil, err
 	}
-	if now.Queues, err = a.queues(); err != nil {
+	if now.Queues, err = a.queues(ctx); err != nil {
+		return nil, err
+	}
+	if now.ServedQueues, err = a.servedQueues(now.Instances); err != nil {
 		return nil, err
 	}
 	if a.db == nil {
 		now.OutboxNote = "not read, as DATABASE_URL is not set"
 		return now, nil
 	}
-	now.Outbox, err = a.outbox(ctx)
-	if e, ok := errors.AsType[*pgconn.PgError](err); ok && e.Code == pgerrcode.UndefinedTable {
-		now.OutboxNote = "this database has no table carpool.outbox; run the command migrate"
+	now.Outbox, err = a.outbox(ctx, now.Instances)
+	if err = withoutTable(err); errors.Is(err, ErrNoOutbox) {
+		now.OutboxNote = ErrNoOutbox.Error()
 		return now, nil
 	}
 	if err != nil {
@@ -102,19 +128,52 @@ func (a *Admin) Status(ctx context.Context) (*Status, error) {
 	return now, nil
 }
 
-// queues leaves out the instances' own queues, which hold nothing but the validations of
-// their pools.
-func (a *Admin) queues() ([]Queue, error) {
+// ServedQueues returns the queues that somebody pulls from, sorted: an instance that is up,
+// or another server of asynq's. The instances' own queues are among them. There is none
+// while no worker is up. The error is Redis'.
+func (a *Admin) ServedQueues(ctx context.Context) ([]string, error) {
+	up, _, err := readInstances(ctx, a.rdb)
+	if err != nil {
+		return nil, err
+	}
+	return a.servedQueues(up)
+}
+
+func (a *Admin) servedQueues(up []Instance) ([]string, error) {
+	served, err := asynqwire.ServedQueues(a.rdb)
+	if err != nil {
+		return nil, err
+	}
+	for _, i := range up {
+		served = append(served, i.OwnQueue)
+		served = slices.AppendSeq(served, maps.Keys(i.Queues))
+	}
+	slices.Sort(served)
+	return slices.Compact(served), nil
+}
+
+// QueueNames returns the names of the queues that have had a job, sorted, without the
+// instances' own, which hold nothing but the validations of their pools. The error is
+// Redis'.
+func (a *Admin) QueueNames(ctx context.Context) ([]string, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, context.Cause(ctx)
+	}
 	names, err := a.inspector.Queues()
 	if err != nil {
 		return nil, fmt.Errorf("read the names of the queues: %w", err)
 	}
 	slices.Sort(names)
+	return slices.DeleteFunc(names, instance.IsQueue), nil
+}
+
+func (a *Admin) queues(ctx context.Context) ([]Queue, error) {
+	names, err := a.QueueNames(ctx)
+	if err != nil {
+		return nil, err
+	}
 	queues := []Queue{}
 	for _, name := range names {
-		if instance.IsQueue(name) {
-			continue
-		}
 		info, err := a.inspector.GetQueueInfo(name)
 		if errors.Is(err, asynq.ErrQueueNotFound) {
 			continue // it was removed meanwhile
@@ -132,7 +191,7 @@ func (a *Admin) queues() ([]Queue, error) {
 	return queues, nil
 }
 
-func (a *Admin) outbox(ctx context.Context) (*Outbox, error) {
+func (a *Admin) outbox(ctx context.Context, up []Instance) (*Outbox, error) {
 	ctx, cancel := context.WithTimeout(ctx, outboxTimeout)
 	defer cancel()
 	stands, err := outbox.ReadStats(ctx, a.db)
@@ -146,6 +205,17 @@ func (a *Admin) outbox(ctx context.Context) (*Outbox, error) {
 	}
 	for _, p := range problems {
 		o.Problems = append(o.Problems, OutboxProblem{p.Problem, p.Rows})
+	}
+	known, ok := knownKinds(up)
+	if !ok {
+		return &o, nil
+	}
+	unknown, err := outbox.Unknown(ctx, a.db, known, 0)
+	if err != nil {
+		return nil, err
+	}
+	for _, k := range unknown {
+		o.UnknownKinds = append(o.UnknownKinds, OutboxKind{k.Kind, k.Rows})
 	}
 	return &o, nil
 }

@@ -1,12 +1,15 @@
 package admin_test
 
 import (
+	"context"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+	"github.com/hibiken/asynq"
 	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/admin"
@@ -68,6 +71,85 @@ func TestStatus_ReadsTheInstances(t *testing.T) {
 		if got := now.IsServed(queue); got != served {
 			t.Errorf("IsServed(%q) is %t", queue, got)
 		}
+	}
+}
+
+func TestServedQueues_AreThoseOfInstancesAndOfOtherServersOfAsynq(t *testing.T) {
+	t.Parallel()
+	o := newOffice(t, nil)
+	served := func() []string {
+		t.Helper()
+		queues, err := o.ServedQueues(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return queues
+	}
+	if got := served(); len(got) != 0 {
+		t.Errorf("with no worker: %v", got)
+	}
+	o.show(t, "a-00000001", snapshot, time.Now())
+	if diff := cmp.Diff([]string{"critical", "default", "instance-a-00000001"}, served()); diff != "" {
+		t.Errorf("with an instance (-want +got):\n%s", diff)
+	}
+	server := asynq.NewServerFromRedisClient(o.rdb, asynq.Config{Queues: map[string]int{"default": 1, "mail": 1}, LogLevel: asynq.FatalLevel})
+	if err := server.Start(asynq.HandlerFunc(func(context.Context, *asynq.Task) error { return nil })); err != nil {
+		t.Fatal(err)
+	}
+	defer server.Shutdown()
+	for giveUp := time.Now().Add(time.Minute); !slices.Contains(served(), "mail"); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(giveUp) {
+			t.Fatal("asynq doesn't show its server")
+		}
+	}
+	if diff := cmp.Diff([]string{"critical", "default", "instance-a-00000001", "mail"}, served()); diff != "" {
+		t.Errorf("with a server of asynq's (-want +got):\n%s", diff)
+	}
+	now, err := o.Status(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !now.IsServed("mail") || now.IsServed("post") {
+		t.Errorf("the status has %v", now.ServedQueues)
+	}
+}
+
+func TestStatus_NamesTheKindsOfTheOutboxThatNobodyKnows(t *testing.T) {
+	t.Parallel()
+	db := migrated(t)
+	o := newOffice(t, db)
+	for range 2 {
+		putInOutbox(t, db, "letter", "")
+	}
+	putInOutbox(t, db, "note", "")
+	putInOutbox(t, db, "card", "no worker knows the kind card")
+	knowing := func(name, kinds string) string {
+		return strings.Replace(strings.ReplaceAll(snapshot, "a-00000001", name), `"hands"`, `"kinds":`+kinds+`,"hands"`, 1)
+	}
+	old := strings.ReplaceAll(snapshot, "a-00000001", "c-00000003")
+	for _, step := range []struct {
+		name, snapshot string
+		want           []admin.OutboxKind
+	}{
+		{"", "", nil}, // nobody is up, which the status says itself
+		{"a-00000001", knowing("a-00000001", `["post"]`), []admin.OutboxKind{{Kind: "letter", Rows: 2}, {Kind: "note", Rows: 1}}},
+		{"b-00000002", knowing("b-00000002", `["note","post"]`), []admin.OutboxKind{{Kind: "letter", Rows: 2}}},
+		{"c-00000003", old, nil}, // it may know all of them
+		{"c-00000003", knowing("c-00000003", `["letter"]`), nil},
+	} {
+		if step.name != "" {
+			o.show(t, step.name, step.snapshot, time.Now())
+		}
+		now, err := o.Status(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(step.want, now.Outbox.UnknownKinds); diff != "" {
+			t.Errorf("with %s (-want +got):\n%s", step.name, diff)
+		}
+	}
+	if kinds, ok, err := o.KnownKinds(t.Context()); err != nil || !ok || !slices.Equal(kinds, []string{"letter", "note", "post"}) {
+		t.Errorf("known are %v, %t, %v", kinds, ok, err)
 	}
 }
 

@@ -28,7 +28,8 @@ type Config struct {
 	Pool dbpool.Config
 	// Groups are the kinds of job that the worker runs, besides those that every worker
 	// has. A group with the methods Start(context.Context) error and Stop() has them called
-	// around the run.
+	// around the run. Start's context ends when the worker is to stop, while jobs may still
+	// run; Stop is called when none does any more.
 	Groups []tasks.Group
 	// Schedules are entries that the worker brings along, besides carpool's own.
 	Schedules []scheduler.Entry
@@ -108,7 +109,9 @@ func (c Config) Validate() error {
 	names := make(map[string]bool)
 	for _, e := range c.Schedules {
 		if err := e.Validate(); err != nil {
-			add("Schedules: entry %.100q: %w", e.Name, err)
+			for fault := range strings.SplitSeq(err.Error(), "\n") {
+				add("Schedules: entry %.100q: %s", e.Name, fault)
+			}
 			continue
 		}
 		if names[e.Name] {

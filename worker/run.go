@@ -63,9 +63,9 @@ func Run(ctx context.Context, c Config) error {
 	}
 	defer db.Close()
 	if err := startup.Wait(ctx, c.StartupTimeout, log,
-		startup.Server{Variable: "REDIS_URL", Check: func(ctx context.Context) error { return rdb.Ping(ctx).Err() }},
-		startup.Server{Variable: "DATABASE_URL", Check: db.Ping},
-		startup.Server{Variable: "DATABASE_URL", Check: func(ctx context.Context) error { return schema.Check(ctx, db) }},
+		startup.Server{Variable: "REDIS_URL", URL: c.RedisURL, Check: func(ctx context.Context) error { return rdb.Ping(ctx).Err() }},
+		startup.Server{Variable: "DATABASE_URL", URL: c.Pool.URL, Check: db.Ping},
+		startup.Server{Variable: "DATABASE_URL", URL: c.Pool.URL, Check: func(ctx context.Context) error { return schema.Check(ctx, db) }},
 	); err != nil {
 		return err
 	}
@@ -97,12 +97,14 @@ func Run(ctx context.Context, c Config) error {
 	host, _ := os.Hostname()
 	self := admin.Instance{
 		Name: name, Version: c.Version, Host: host, PID: os.Getpid(), Started: time.Now().UTC(),
-		Queues: c.Queues, OwnQueue: queue, Concurrency: c.Concurrency, Fetchers: c.Fetchers,
+		Queues: c.Queues, OwnQueue: queue, Kinds: set.Kinds(), Concurrency: c.Concurrency, Fetchers: c.Fetchers,
 	}
 	members = fleet.New(fleet.Config{
 		Redis: rdb, Self: self, Running: jobs.Executor.Running, Pool: db.Stats, DatabaseAway: jobs.Breaker.IsOpen, Log: log,
 	})
-	outboxRelay, err := relay.New(relay.Config{DB: c.Pool, Tasks: set, Client: tasks.NewClient(rdb), Log: log})
+	outboxRelay, err := relay.New(relay.Config{
+		DB: c.Pool, Tasks: set, Client: tasks.NewClient(rdb), Log: log, FleetKinds: admin.New(rdb, nil).KnownKinds,
+	})
 	if err != nil {
 		return err
 	}

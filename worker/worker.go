@@ -29,11 +29,14 @@ func kinds(own *maintenance.Tasks, groups []tasks.Group) (*tasks.Set, error) {
 
 // Migrate brings carpool's tables in the database up to date and writes down the groups'
 // kinds, which carpool.enqueue takes from then on. It logs each migration it applies.
-// Several may run at once.
+// Several may run at once. A nil log is [slog.Default].
 func Migrate(ctx context.Context, databaseURL string, log *slog.Logger, groups ...tasks.Group) error {
 	set, err := Kinds(groups...)
 	if err != nil {
 		return fmt.Errorf("worker: %w", err)
+	}
+	if log == nil {
+		log = slog.Default()
 	}
 	if err := schema.Migrate(ctx, databaseURL, log); err != nil {
 		return err

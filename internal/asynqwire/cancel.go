@@ -7,6 +7,8 @@ import (
 
 	"github.com/hibiken/asynq"
 	"github.com/redis/go-redis/v9"
+
+	"github.com/carpool-go/carpool/internal/reason"
 )
 
 // A job that runs is cancelled in these steps, because asynq retries what was cancelled,
@@ -28,7 +30,8 @@ func IsCancelParked(due time.Time) bool { return time.Until(due) > CancelParkDel
 
 // FinishCancelled takes a job that was cancelled while it ran from those to be retried:
 // into the archive, or where jobs go that are done, with its result, if it is done all the
-// same. finished is false while it is not there yet, and with an error of Redis.
+// same. In the archive its last error says that it was cancelled, where asynq says "context
+// canceled". finished is false while it is not there yet, and with an error of Redis.
 func FinishCancelled(ctx context.Context, rdb redis.UniversalClient, inspector *asynq.Inspector, queue, id string, done bool, result []byte) (finished bool, err error) {
 	info, err := inspector.GetTaskInfo(queue, id)
 	switch {
@@ -38,10 +41,14 @@ func FinishCancelled(ctx context.Context, rdb redis.UniversalClient, inspector *
 		return false, err
 	case info.State == asynq.TaskStateActive:
 		return false, nil
+	case info.State == asynq.TaskStateArchived: // as asynq does by itself if it has no retry left
+		return true, Reword(ctx, rdb, Archived(queue), queue, id, reason.Cancelled)
 	case info.State != asynq.TaskStateRetry:
-		return true, nil // asynq archives it by itself if it has no retry left
+		return true, nil
 	case !done:
-		err = inspector.ArchiveTask(queue, id)
+		if err = Reword(ctx, rdb, Retry(queue), queue, id, reason.Cancelled); err == nil {
+			err = inspector.ArchiveTask(queue, id)
+		}
 	case info.Retention == 0:
 		err = inspector.DeleteTask(queue, id)
 	default:

@@ -106,6 +106,26 @@ func ForgetActive(ctx context.Context, rdb redis.UniversalClient, queue, id stri
 	return err
 }
 
+// KEYS[1] retry or archived
+// KEYS[2] the job's hash
+// ARGV[1] the job's id
+// ARGV[2] its message
+var reword = redis.NewScript(`
+if not redis.call("ZSCORE", KEYS[1], ARGV[1]) then return 0 end
+redis.call("HSET", KEYS[2], "msg", ARGV[2])
+return 1`)
+
+// Reword changes the last error of a job in set, which is [Retry] or [Archived] of its
+// queue; of a job that isn't there any more it changes nothing.
+func Reword(ctx context.Context, rdb redis.UniversalClient, set, queue, id, lastErr string) error {
+	msg, err := ReadMessage(ctx, rdb, queue, id)
+	if err != nil {
+		return err
+	}
+	msg.LastErr = lastErr
+	return reword.Run(ctx, rdb, []string{set, Task(queue, id)}, id, msg.Encode()).Err()
+}
+
 // KEYS[1] archived
 // KEYS[2] pending
 // KEYS[3] the job's hash

@@ -3,7 +3,7 @@
 // the table means is said where it is made, in internal/schema.
 //
 // This file is for those who put rows in and look for them, relay.go for the relays,
-// and stats.go for who watches. Unless a function says otherwise, its error is
+// stats.go for who watches, and operator.go for who clears up. Unless a function says otherwise, its error is
 // Postgres', as pgx returns it.
 package outbox
 

@@ -116,6 +116,23 @@ func RejectUnknown(ctx context.Context, db Queryer, kinds []string) ([]KindCount
 	return rejected, nil
 }
 
+const unknownSQL = `SELECT kind, count(*) FROM carpool.outbox WHERE problem IS NULL AND kind <> ALL ($1)
+		AND created_at <= clock_timestamp() - make_interval(secs => $2) GROUP BY kind ORDER BY kind`
+
+// Unknown counts the rows, by kind, that wait and are of none of kinds, and have waited for
+// at least as long.
+func Unknown(ctx context.Context, db Queryer, kinds []string, waited time.Duration) ([]KindCount, error) {
+	rows, err := db.Query(ctx, unknownSQL, kinds, waited.Seconds())
+	if err != nil {
+		return nil, fmt.Errorf("look at the kinds of the outbox: %w", err)
+	}
+	unknown, err := pgx.CollectRows(rows, pgx.RowToStructByPos[KindCount])
+	if err != nil {
+		return nil, fmt.Errorf("look at the kinds of the outbox: %w", err)
+	}
+	return unknown, nil
+}
+
 // MuteLock is the advisory lock that carpool.enqueue looks for: while a relay has it,
 // producers don't notify. Its number is "relay" in ASCII.
 const MuteLock = 491327873401

@@ -13,7 +13,8 @@ import (
 	"github.com/jackc/pgerrcode"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
-	_ "github.com/jackc/pgx/v5/stdlib" // the driver that goose uses
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/jackc/pgx/v5/stdlib"
 	"github.com/pressly/goose/v3"
 	"github.com/pressly/goose/v3/database"
 	"github.com/pressly/goose/v3/lock"
@@ -95,10 +96,11 @@ func newest() int64 {
 }
 
 func open(url string) (*sql.DB, *goose.Provider, error) {
-	db, err := sql.Open("pgx", url)
+	cfg, err := pgxpool.ParseConfig(url) // it takes the settings of a pool out of the URL, which Postgres doesn't know
 	if err != nil {
 		return nil, nil, fmt.Errorf("schema: %w", err)
 	}
+	db := stdlib.OpenDB(*cfg.ConnConfig)
 	locker, err := lock.NewPostgresSessionLocker()
 	if err != nil {
 		return nil, nil, errors.Join(fmt.Errorf("schema: %w", err), db.Close())

@@ -4,14 +4,9 @@ package startup
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"time"
-
-	"github.com/jackc/pgerrcode"
-	"github.com/jackc/pgx/v5/pgconn"
-	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/internal/wait"
 )
@@ -20,6 +15,8 @@ import (
 type Server struct {
 	// Variable is the setting that names it.
 	Variable string
+	// URL is its value. Errors show its hosts, and the names of the role and the database.
+	URL string
 	// Check returns nil once it is ready.
 	Check func(context.Context) error
 }
@@ -31,7 +28,9 @@ const (
 )
 
 // Wait waits until every server's check passes, in turn, for the timeout at most, which
-// all of them share. It doesn't wait for one that refuses the user or the password.
+// all of them share. It doesn't wait for what no waiting mends: a refused password, a
+// database that doesn't exist, a privilege that is missing. The error is as [Explain] makes
+// it.
 func Wait(ctx context.Context, timeout time.Duration, log *slog.Logger, servers ...Server) error {
 	giveUp := time.Now().Add(timeout)
 	for _, s := range servers {
@@ -50,24 +49,18 @@ func (s Server) await(ctx context.Context, giveUp time.Time, timeout time.Durati
 		if err == nil {
 			return nil
 		}
-		if refuses(err) {
-			return fmt.Errorf("%s: the server refuses this user or password: %w", s.Variable, err)
+		if f := faultOf(s.URL, err); f != nil && f.forGood {
+			err, _ = Explain(s.Variable, s.URL, err)
+			return err
 		}
+		err = &explanation{oneLine(err.Error()), err}
 		left := time.Until(giveUp)
 		if left <= 0 {
-			return fmt.Errorf("%s: not ready after %s: %w", s.Variable, timeout, err)
+			return &explanation{fmt.Sprintf("%s: not ready after %s: %v", s.Variable, timeout, err), err}
 		}
 		log.Warn("waiting for the server of "+s.Variable, "error", err, "giving_up_in", left.Round(time.Second).String())
 		if err := wait.For(ctx, min(pause, left)); err != nil {
 			return err
 		}
 	}
-}
-
-// refuses reports whether a server lets this user, or this password, not in.
-func refuses(err error) bool {
-	if e, ok := errors.AsType[*pgconn.PgError](err); ok {
-		return e.Code == pgerrcode.InvalidPassword || e.Code == pgerrcode.InvalidAuthorizationSpecification
-	}
-	return redis.HasErrorPrefix(err, "WRONGPASS") || redis.HasErrorPrefix(err, "NOAUTH")
 }

@@ -76,17 +76,25 @@ func (s archiveSelection) choose(ctx context.Context, in *invocation, a *admin.A
 }
 
 type archiveLsCmd struct {
-	JSON bool `help:"One JSON object a line."`
+	JSON  bool `help:"One JSON object a line."`
+	Limit *int `placeholder:"N" help:"At most so many, the latest ones."`
 
 	archiveFilter `embed:""`
 }
 
 // Run lists the jobs.
 func (c *archiveLsCmd) Run(ctx context.Context, in *invocation) error {
+	if c.Limit != nil && *c.Limit < 1 {
+		return configError(fmt.Sprintf("--limit: %d is less than 1", *c.Limit))
+	}
 	return in.archive(c.redisSettings, func(a *admin.Admin) error {
 		jobs, err := a.Archived(ctx, c.of())
 		if err != nil {
 			return err
+		}
+		if c.Limit != nil && len(jobs) > *c.Limit {
+			defer fmt.Fprintf(in.stderr, "and %d more, which are older\n", len(jobs)-*c.Limit)
+			jobs = jobs[:*c.Limit]
 		}
 		if c.JSON {
 			enc := json.NewEncoder(in.stdout)

@@ -64,6 +64,13 @@ func TestArchive_ShowsWhatIsThereAndWhyAndPutsItBackOrDeletesIt(t *testing.T) {
 	if out, _ := archive(0, "ls", "--reason", "WEBHOOK_SECRET", "--json"); strings.Count(out, "\n") != 3 || !strings.Contains(out, `"id":"`+webhooks[0]) {
 		t.Errorf("ls --reason --json:\n%s", out)
 	}
+	if out, errs := archive(0, "ls", "--limit", "1"); strings.Count(out, "\n") != 2 || errs != "and 3 more, which are older\n" {
+		t.Errorf("ls --limit:\n%s%s", out, errs)
+	}
+	if out, errs := archive(0, "ls", "--limit", "9", "--json"); strings.Count(out, "\n") != 4 || errs != "" {
+		t.Errorf("ls --limit --json:\n%s%s", out, errs)
+	}
+	archive(2, "ls", "--limit", "0")
 	if out, _ := archive(0, "show", prune); !strings.Contains(out, "nowhere") || !strings.Contains(out, "bytes") {
 		t.Errorf("show:\n%s", out)
 	}

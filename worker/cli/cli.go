@@ -45,6 +45,9 @@ type Program struct {
 	// Env looks up a variable of the environment, "" for one that isn't set; nil is
 	// os.Getenv.
 	Env func(string) string
+	// Environ lists the variables as os.Environ does, so that those are named that look like
+	// a misspelt setting; nil is os.Environ if Env is nil too, and else none.
+	Environ func() []string
 
 	process *process // nil unless Main runs it
 }
@@ -63,6 +66,9 @@ type commands struct {
 	Enqueue  enqueueCmd  `cmd:"" help:"Put a job on its queue and print its id."`
 	Cancel   cancelCmd   `cmd:"" help:"Cancel a job: one that waits is removed, one that runs is stopped and not run again."`
 	Archive  archiveCmd  `cmd:"" help:"Jobs that were given up: look at them, put them back, delete them."`
+	Outbox   outboxCmd   `cmd:"" help:"Jobs that are still in the outbox: look at them, let a worker try them again, delete them."`
+	Pause    pauseCmd    `cmd:"" help:"Keep workers from fetching jobs of a queue. Jobs that run go on."`
+	Resume   resumeCmd   `cmd:"" help:"Let workers fetch jobs of a paused queue again."`
 	Schedule scheduleCmd `cmd:"" help:"Jobs that go by the clock: look at them, change them."`
 	Status   statusCmd   `cmd:"" help:"Show the instances, the queues and the outbox."`
 	Monitor  monitorCmd  `cmd:"" help:"Show the queues in a browser."`
@@ -71,13 +77,22 @@ type commands struct {
 	Config   configCmd   `cmd:"" help:"Show the settings that are in effect, with secrets left out."`
 	Version  versionCmd  `cmd:"" help:"Show the version."`
 
+	Completion completionCmd `cmd:"" help:"Print what lets a shell complete commands, flags and kinds of job."`
+
+	globalFlags
 	kong.Plugins // the program's own
+}
+
+// globalFlags are the flags of every command.
+type globalFlags struct {
+	ShowVersion kong.VersionFlag `name:"version" help:"Show the version."`
 }
 
 // invocation is one call of the program: what its commands work with.
 type invocation struct {
 	Program
 	settings       *groupSettings
+	variables      []string // that any command reads, sorted
 	stdin          io.Reader
 	stdout, stderr io.Writer
 }
@@ -90,6 +105,9 @@ func (p Program) Run(ctx context.Context, args []string, stdin io.Reader, stdout
 	p.Version = cmp.Or(p.Version, version())
 	if p.Env == nil {
 		p.Env = os.Getenv
+		if p.Environ == nil {
+			p.Environ = os.Environ
+		}
 	}
 	in := &invocation{Program: p, stdin: stdin, stdout: stdout, stderr: stderr}
 	err := in.run(ctx, args)
@@ -99,18 +117,23 @@ func (p Program) Run(ctx context.Context, args []string, stdin io.Reader, stdout
 	case !errors.Is(err, errLogged):
 		fmt.Fprintf(stderr, "%s: %v\n", p.Name, err)
 	}
-	if _, wrong := errors.AsType[usageError](err); wrong {
-		fmt.Fprintf(stderr, "Try: %s --help\n", p.Name)
+	if wrong, ok := errors.AsType[usageError](err); ok {
+		fmt.Fprintf(stderr, "Try: %s --help\n", wrong.command)
 		return exitUsage
 	}
 	if _, wrong := errors.AsType[configError](err); wrong {
+		in.printMisspelt() // it may be why
 		return exitUsage
 	}
 	return exitFailed
 }
 
-// usageError is a command line that can't be understood.
-type usageError struct{ error }
+// usageError is a command line that can't be understood. Its command is as much of it as
+// names a command, with the program's name.
+type usageError struct {
+	error
+	command string
+}
 
 // version is that of the program's main module.
 func version() string {

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/alecthomas/kong"
 	"github.com/google/go-cmp/cmp"
@@ -92,6 +93,12 @@ var everyCommand = [][]string{
 	{"archive", "show"},
 	{"archive", "retry"},
 	{"archive", "delete"},
+	{"outbox"},
+	{"outbox", "ls"},
+	{"outbox", "retry"},
+	{"outbox", "delete"},
+	{"pause"},
+	{"resume"},
 	{"schedule"},
 	{"schedule", "add"},
 	{"schedule", "ls"},
@@ -106,6 +113,10 @@ var everyCommand = [][]string{
 	{"migrate"},
 	{"config"},
 	{"version"},
+	{"completion"},
+	{"completion", "bash"},
+	{"completion", "zsh"},
+	{"completion", "fish"},
 	{"reindex"},
 	{"stock"},
 	{"stock", "count"},
@@ -125,7 +136,7 @@ func TestProgram_HelpOfEveryCommand(t *testing.T) {
 }
 
 // asProgram finds the word worker where it is the name of the program.
-var asProgram = regexp.MustCompile(`(?m)^worker:|(Usage|Try|run|see): worker\b|\bworker (run|enqueue|cancel|archive|schedule|status|monitor|kinds|migrate|config|version|--)`)
+var asProgram = regexp.MustCompile(`(?m)^worker:|(Usage|Try|run|see): worker\b|\bworker (run|enqueue|cancel|archive|outbox|pause|resume|schedule|status|monitor|kinds|migrate|config|version|--)`)
 
 func TestProgram_SpeaksOfItselfByItsName(t *testing.T) {
 	t.Parallel()
@@ -142,7 +153,11 @@ func TestProgram_SpeaksOfItselfByItsName(t *testing.T) {
 		"an example":                    {nil, []string{"kinds"}, 0, `  shop enqueue shop:order '{"item": "tea"}'`},
 		"settings that are missing":     {nil, nil, exitUsage, "shop: 2 settings are wrong:\n  REDIS_URL is not set; "},
 		"an unknown command":            {nil, []string{"frobnicate"}, exitUsage, "shop: unexpected argument frobnicate\nTry: shop --help\n"},
-		"an unknown flag":               {nil, []string{"status", "--frobnicate"}, exitUsage, "shop: unknown flag --frobnicate\nTry: shop --help\n"},
+		"an unknown flag":               {nil, []string{"status", "--frobnicate"}, exitUsage, "shop: unknown flag --frobnicate\nTry: shop status --help\n"},
+		"a command without arguments":   {nil, []string{"enqueue"}, exitUsage, "shop: expected \"<kind> <json>\"\nTry: shop enqueue --help\n"},
+		"a command in a command":        {nil, []string{"schedule", "add", "nightly"}, exitUsage, "\nTry: shop schedule add --help\n"},
+		"which command in a command":    {nil, []string{"archive"}, exitUsage, "\nTry: shop archive --help\n"},
+		"a flag of the default command": {nil, []string{"--burst=perhaps"}, exitUsage, "\nTry: shop --help\n"},
 		"a kind that there isn't":       {nil, []string{"enqueue", "shop:oder", "{}"}, exitUsage, `shop: kind: unknown kind "shop:oder": this program knows `},
 		"a payload that is wrong":       {nil, []string{"enqueue", "shop:order", "{"}, exitUsage, "for example: shop enqueue shop:order '"},
 		"a job that there isn't":        {servers, []string{"cancel", "nobody"}, exitFailed, "shop: "},
@@ -171,6 +186,18 @@ func TestProgram_SpeaksOfItselfByItsName(t *testing.T) {
 		help, _, _ := p.run(t, append(append([]string{}, command...), "--help")...)
 		if as := asProgram.FindString(help); as != "" {
 			t.Errorf("in the help of %q it calls itself %q", command, as)
+		}
+	}
+}
+
+func TestProgram_EveryCommandHasTheFlagVersion(t *testing.T) {
+	t.Parallel()
+	for _, command := range everyCommand {
+		p := shop(nil, new(orders))
+		p.Commands = []any{new(shopCommands)}
+		stdout, stderr, code := p.run(t, append(append([]string{}, command...), "--version")...)
+		if code != 0 || stdout != "1.2.3\n" || stderr != "" {
+			t.Errorf("%q: exit code %d\n%s%s", command, code, stdout, stderr)
 		}
 	}
 }
@@ -229,11 +256,17 @@ func TestProgram_AScheduleThatIsWrongIsAFaultOfTheProgram(t *testing.T) {
 			t.Errorf("%s: exit code %d\n%s", command, code, stderr)
 		}
 	}
+	p.Schedules = []scheduler.Entry{{Name: "nightly", Cron: "daily", TimeZone: "Mars", Payload: order{}}}
+	_, stderr, _ := p.run(t, "config")
+	if strings.Count(stderr, "\n  Schedules: entry \"nightly\": ") != 2 {
+		t.Errorf("of two faults it says\n%s", stderr)
+	}
 }
 
 func TestProgram_OnlyRunAndConfigReadTheSettingsOfOthers(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
+	startInstance(t, b.Redis(t), "a-00000001", time.Now(), false) // pulls from the queue
 	env := map[string]string{
 		"REDIS_URL": b.RedisURL, "ORDERS_LIMIT": "many", "DB_POOL_SIZE": "many", "WORKER_QUEUES": "a b", "MONITOR_READ_ONLY": "perhaps", "LOG_LEVEL": "loud",
 	}
@@ -410,8 +443,17 @@ func TestMain_SignalsEndAnyCommandTheSecondAtOnce(t *testing.T) {
 	log.Wait(t, "digging")
 	signal(cmd, syscall.SIGTERM)
 	log.Wait(t, "still digging")
-	signal(cmd, syscall.SIGTERM)
-	_ = cmd.Wait()
+	ended := make(chan struct{})
+	go func() { defer close(ended); _ = cmd.Wait() }()
+	workertest.Eventually(t, "a later signal ends it", func() bool {
+		select {
+		case <-ended:
+			return true
+		default:
+			_ = cmd.Process.Signal(syscall.SIGTERM) // it may have ended
+			return false
+		}
+	})
 	if code := cmd.ProcessState.ExitCode(); code != exitFailed {
 		t.Errorf("after two signals: exit code %d", code)
 	}

@@ -2,10 +2,12 @@ package cli
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"reflect"
+	"slices"
 	"strings"
 	"text/tabwriter"
 
@@ -28,7 +30,7 @@ func (in *invocation) run(ctx context.Context, args []string) (err error) {
 			panic(p)
 		}
 	}()
-	own, err := namesOf(new(runCmd))
+	own, err := namesOf(new(runCmd), new(globalFlags))
 	if err != nil {
 		return err
 	}
@@ -44,7 +46,7 @@ func (in *invocation) run(ctx context.Context, args []string) (err error) {
 	grammar.Run.Groups, grammar.Config.Groups = in.settings.plugins(), in.settings.plugins()
 	parser, err := newParser(grammar, in.Env,
 		kong.Name(in.Name),
-		kong.Vars{"name": in.Name},
+		kong.Vars{"name": in.Name, "version": in.Version},
 		kong.Description("Background jobs from Redis, run on one shared pool of Postgres connections.\n\n"+
 			"Every setting is a variable of the environment, and a flag of the same name that wins over it. "+
 			"Flags are readable by everybody on the machine: a URL with a password goes into its variable."),
@@ -57,9 +59,10 @@ func (in *invocation) run(ctx context.Context, args []string) (err error) {
 	if err != nil {
 		return programFault("the program's own commands can't be used", err)
 	}
+	in.variables = in.settingsOfAll(parser.Model)
 	command, err := parser.Parse(args)
 	if err != nil {
-		return usageError{err}
+		return usageError{err, in.commandOf(err, args)}
 	}
 	if isOwn(command) {
 		f := in.faults()
@@ -69,6 +72,27 @@ func (in *invocation) run(ctx context.Context, args []string) (err error) {
 		}
 	}
 	return command.Run()
+}
+
+// commandOf returns the command that a fault of the command line belongs to, as it was
+// given, with the program's name before it.
+func (in *invocation) commandOf(err error, args []string) string {
+	command := in.Name
+	fault, ok := errors.AsType[*kong.ParseError](err)
+	if !ok {
+		return command
+	}
+	for _, at := range fault.Context.Path {
+		if at.Command == nil {
+			continue
+		}
+		i := slices.IndexFunc(args, func(arg string) bool { return arg == at.Command.Name || slices.Contains(at.Command.Aliases, arg) })
+		if i < 0 {
+			break // it is the default
+		}
+		command, args = command+" "+at.Command.Name, args[i+1:]
+	}
+	return command
 }
 
 // helpShown is what kong panics with, in place of ending the process, when it has shown
@@ -99,45 +123,6 @@ func (in *invocation) kinds() (*tasks.Set, error) {
 	return set, nil
 }
 
-type kindsCmd struct{}
-
-// Run prints the kinds.
-func (kindsCmd) Run(in *invocation) error {
-	set, err := in.kinds()
-	if err != nil {
-		return err
-	}
-	for i, kind := range set.Kinds() {
-		task, err := set.Lookup(kind)
-		if err != nil {
-			return err
-		}
-		if i > 0 {
-			fmt.Fprintln(in.stdout)
-		}
-		o := task.Options
-		fmt.Fprintf(in.stdout, "%s   queue %s, %d retries, %s for each try\n", kind, o.Queue, o.MaxRetry, o.Timeout)
-		w := tabwriter.NewWriter(in.stdout, 0, 0, 2, ' ', 0)
-		for _, f := range task.Fields {
-			optional := ""
-			if f.Optional {
-				optional = " (optional)"
-			}
-			fmt.Fprintf(w, "  %s\t%s\t%s%s\n", f.Name, f.Type, f.Doc, optional)
-		}
-		if err := w.Flush(); err != nil {
-			return err
-		}
-		fmt.Fprintf(in.stdout, "  %s\n", in.exampleLine(task))
-	}
-	return nil
-}
-
-// exampleLine is a command that can be pasted into a shell.
-func (in *invocation) exampleLine(task *tasks.Task) string {
-	return fmt.Sprintf("%s enqueue %s '%s'", in.Name, task.Kind, strings.ReplaceAll(task.Example(), "'", `'\''`))
-}
-
 type migrateCmd struct {
 	databaseSettings `embed:""`
 	startupSettings  `embed:""`
@@ -157,45 +142,112 @@ func (m *migrateCmd) Run(ctx context.Context, in *invocation) error {
 		return err
 	}
 	log := in.newLogger(level, format)
+	for _, line := range in.misspelt() {
+		log.Warn(line)
+	}
 	db, err := dbpool.Open(ctx, dbpool.DefaultConfig(url))
 	if err != nil {
 		return err
 	}
 	defer db.Close()
-	if err := startup.Wait(ctx, timeout, log, startup.Server{Variable: "DATABASE_URL", Check: db.Ping}); err != nil {
+	if err := startup.Wait(ctx, timeout, log, startup.Server{Variable: "DATABASE_URL", URL: url, Check: db.Ping}); err != nil {
 		return err
 	}
-	return worker.Migrate(ctx, url, log, in.Groups...)
+	err, _ = startup.Explain("DATABASE_URL", url, worker.Migrate(ctx, url, log, in.Groups...))
+	return err
 }
 
 type configCmd struct {
+	JSON bool `name:"json" help:"One JSON object a line."`
+
 	runSettings `embed:""`
 	Groups      kong.Plugins `embed:""`
 }
 
-// Run prints the settings, and then what is wrong with them.
-func (c *configCmd) Run(in *invocation) error {
-	w := tabwriter.NewWriter(in.stdout, 0, 0, 2, ' ', 0)
-	printSettings(w, reflect.ValueOf(c.runSettings))
-	in.settings.print(w)
-	if err := w.Flush(); err != nil {
-		return err
-	}
-	_, err := c.config(in)
-	return err
+// shownSetting is a setting as config shows it, a secret as ***.
+type shownSetting struct {
+	Name  string `json:"name"`
+	Value string `json:"value"`
+	// Default is what Value is when nothing else is said, by the program or its groups.
+	Default string `json:"default"`
+	// Source is where Value is from: a flag, a variable, or the default.
+	Source string `json:"source"`
 }
 
-// printSettings prints a line "NAME\tvalue" for every setting, secrets left out.
-func printSettings(w io.Writer, settings reflect.Value) {
+// The sources of a setting.
+const (
+	fromFlag     = "flag"
+	fromVariable = "variable"
+	fromDefault  = "default"
+)
+
+// Run prints the settings, and then what is wrong with them.
+func (c *configCmd) Run(command *kong.Context, in *invocation) error {
+	source := in.sources(command)
+	list := append(shownSettings(reflect.ValueOf(c.runSettings), source), in.settings.shown(source)...)
+	var err error
+	if c.JSON {
+		lines := json.NewEncoder(in.stdout)
+		for _, s := range list {
+			err = errors.Join(err, lines.Encode(s))
+		}
+	} else {
+		err = printSettings(in.stdout, list)
+	}
+	if err != nil {
+		return err
+	}
+	if _, err = c.config(in); err != nil {
+		return err
+	}
+	in.printMisspelt()
+	return nil
+}
+
+// sources tells where the value of a variable's setting is from, for a command that was
+// parsed.
+func (in *invocation) sources(command *kong.Context) func(variable string) string {
+	given := make(map[string]bool)
+	for _, at := range command.Path {
+		if at.Flag == nil || at.Resolved {
+			continue
+		}
+		for _, variable := range at.Flag.Envs {
+			given[variable] = true
+		}
+	}
+	return func(variable string) string {
+		switch {
+		case given[variable]:
+			return fromFlag
+		case in.Env(variable) != "":
+			return fromVariable
+		}
+		return fromDefault
+	}
+}
+
+// shownSettings are those of a struct of settings, and of the structs in it.
+func shownSettings(settings reflect.Value, source func(variable string) string) (list []shownSetting) {
 	for i := range settings.NumField() {
 		field := settings.Type().Field(i)
 		if field.Anonymous {
-			printSettings(w, settings.Field(i))
+			list = append(list, shownSettings(settings.Field(i), source)...)
 			continue
 		}
 		name := field.Tag.Get("env")
-		fmt.Fprintf(w, "%s\t%s\n", name, redact(name, settings.Field(i).String()))
+		list = append(list, shownSetting{name, redact(name, settings.Field(i).String()), field.Tag.Get("default"), source(name)})
 	}
+	return list
+}
+
+// printSettings prints a line for each setting, for people.
+func printSettings(out io.Writer, list []shownSetting) error {
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	for _, s := range list {
+		fmt.Fprintf(w, "%s\t%s\n", s.Name, s.Value)
+	}
+	return w.Flush()
 }
 
 // redact is the value of a variable as it may be shown.

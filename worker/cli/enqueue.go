@@ -1,15 +1,18 @@
 package cli
 
 import (
+	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"strings"
 	"time"
 
+	"github.com/redis/go-redis/v9"
+
+	"github.com/carpool-go/carpool/admin"
 	"github.com/carpool-go/carpool/internal/asynqwire"
+	"github.com/carpool-go/carpool/scheduler"
 	"github.com/carpool-go/carpool/tasks"
 )
 
@@ -17,12 +20,14 @@ type enqueueCmd struct {
 	Kind    string `arg:"" help:"The kind of job; see: ${name} kinds."`
 	Payload string `arg:"" name:"json" help:"The payload as JSON, or - to read it from standard input, where the list of processes doesn't show it."`
 
-	Queue    string        `help:"Queue to put it on, instead of the kind's own."`
-	In       time.Duration `xor:"when" placeholder:"5m" help:"Run it after this time."`
-	At       time.Time     `xor:"when" placeholder:"2026-01-31T08:00:00Z" help:"Run it at this time."`
-	Unique   string        `placeholder:"KEY" help:"Only if no job of the kind with this key is unfinished; else print that one's id."`
-	MaxRetry *int          `placeholder:"N" help:"Tries after the first one fails, instead of the kind's own; 0 for none."`
-	Wait     bool          `help:"Wait for its end and print its result; exit with 1 if it failed."`
+	Queue     string        `help:"Queue to put it on, instead of the kind's own."`
+	In        time.Duration `xor:"when" placeholder:"5m" help:"Run it after this time."`
+	At        time.Time     `xor:"when" placeholder:"2026-01-31T08:00:00Z" help:"Run it at this time."`
+	Unique    string        `placeholder:"KEY" help:"Only if no job of the kind with this key is unfinished; else print that one's id."`
+	MaxRetry  *int          `placeholder:"N" help:"Tries after the first one fails, instead of the kind's own; 0 for none."`
+	Timeout   time.Duration `placeholder:"10m" help:"Bound on each try, instead of the kind's own."`
+	Retention time.Duration `placeholder:"24h" help:"How long it stays in sight when it is done, instead of the kind's own."`
+	Wait      bool          `help:"Wait for its end and print its result; exit with 1 if it failed."`
 
 	redisSettings `embed:""`
 }
@@ -41,12 +46,12 @@ func (e *enqueueCmd) Run(ctx context.Context, in *invocation) error {
 	if err != nil {
 		return err
 	}
-	rdb, err := e.open(in)
-	if err != nil {
-		return err
-	}
-	defer rdb.Close()
+	return in.withRedis(e.redisSettings, func(rdb redis.UniversalClient) error {
+		return e.enqueue(ctx, in, rdb, payload, opts)
+	})
+}
 
+func (e *enqueueCmd) enqueue(ctx context.Context, in *invocation, rdb redis.UniversalClient, payload tasks.Payload, opts *tasks.EnqueueOptions) error {
 	client := tasks.NewClient(rdb)
 	var id, queue string
 	info, err := client.Enqueue(ctx, payload, opts)
@@ -59,10 +64,13 @@ func (e *enqueueCmd) Run(ctx context.Context, in *invocation) error {
 		id, queue = info.ID, info.Queue
 	}
 	fmt.Fprintln(in.stdout, id)
+	in.warnOfQueue(ctx, admin.New(rdb, nil), queue)
 	if !e.Wait {
 		return nil
 	}
-	result, err := client.Wait(ctx, queue, id, in.showProgress)
+	shown := in.newProgress()
+	result, err := client.Wait(ctx, queue, id, shown.show)
+	shown.end()
 	if err != nil {
 		return err
 	}
@@ -79,9 +87,9 @@ func (in *invocation) readPayload(kind, arg string, example func(*tasks.Task) st
 	if err != nil {
 		return nil, err
 	}
-	task, err := set.Lookup(kind)
+	task, err := lookup(set, kind)
 	if err != nil {
-		return nil, configError("kind: " + strings.Replace(err.Error(), "this worker knows", "this program knows", 1))
+		return nil, err
 	}
 	data := []byte(arg)
 	if arg == "-" {
@@ -125,20 +133,15 @@ func (e *enqueueCmd) options(kind tasks.Options) (*tasks.EnqueueOptions, error) 
 	if opts.MaxRetry, err = maxRetryFlag(e.MaxRetry); err != nil {
 		return nil, err
 	}
+	if t := e.Timeout; t != 0 && (t < time.Second || t > scheduler.MaxTimeout) {
+		return nil, configError(fmt.Sprintf("--timeout: %s is not from 1s to 30 days", t))
+	}
+	if r := e.Retention; r != 0 && (r < time.Second || r > scheduler.MaxRetention) {
+		return nil, configError(fmt.Sprintf("--retention: %s is not from 1s to 366 days", r))
+	}
+	opts.Timeout, opts.Retention = e.Timeout, e.Retention
 	if e.Wait {
-		opts.Retention = max(kind.Retention, retentionForWait)
+		opts.Retention = max(cmp.Or(opts.Retention, kind.Retention), retentionForWait)
 	}
 	return opts, nil
-}
-
-// showProgress prints a job's state, and what it shows of its progress.
-func (in *invocation) showProgress(job *tasks.Info) {
-	var so struct {
-		Progress json.RawMessage `json:"progress"`
-	}
-	if err := json.Unmarshal(job.Result, &so); err != nil || so.Progress == nil {
-		fmt.Fprintln(in.stderr, job.State)
-		return
-	}
-	fmt.Fprintf(in.stderr, "%s %s\n", job.State, so.Progress)
 }

@@ -9,19 +9,8 @@ import (
 
 	"github.com/carpool-go/carpool/admin"
 	"github.com/carpool-go/carpool/dbpool"
-	"github.com/carpool-go/carpool/tasks"
+	"github.com/carpool-go/carpool/internal/startup"
 )
-
-// open opens Redis for a command, which says itself what is wrong with it.
-func (s redisSettings) open(in *invocation) (redis.UniversalClient, error) {
-	f := in.faults()
-	url := f.redisURL(s.RedisURL)
-	if err := f.err(); err != nil {
-		return nil, err
-	}
-	in.process.logRedis(slog.New(slog.DiscardHandler))
-	return tasks.OpenRedis(url)
-}
 
 // commandTimeout bounds what a command waits for a connection.
 const commandTimeout = 10 * time.Second
@@ -50,18 +39,21 @@ func (in *invocation) withAdmin(r redisSettings, d databaseSettings, use func(*a
 	if err := f.err(); err != nil {
 		return err
 	}
-	rdb, err := r.open(in)
-	if err != nil {
-		return err
-	}
-	defer rdb.Close()
-	if d.DatabaseURL == "" {
-		return use(admin.New(rdb, nil))
-	}
-	db, err := d.open(in)
+	return in.withRedis(r, func(rdb redis.UniversalClient) error {
+		if d.DatabaseURL == "" {
+			return use(admin.New(rdb, nil))
+		}
+		return in.withDatabase(d, func(db *dbpool.Pool) error { return use(admin.New(rdb, db)) })
+	})
+}
+
+// withDatabase opens the database for as long as use takes, and explains its errors.
+func (in *invocation) withDatabase(s databaseSettings, use func(*dbpool.Pool) error) error {
+	db, err := s.open(in)
 	if err != nil {
 		return err
 	}
 	defer db.Close()
-	return use(admin.New(rdb, db))
+	err, _ = startup.Explain("DATABASE_URL", s.DatabaseURL, use(db))
+	return err
 }

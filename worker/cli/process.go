@@ -16,7 +16,8 @@ import (
 // process is what is the whole process's, so that only [Main] has it. The nil one is for a
 // program that is run inside another: it hears no signals, and leaves go-redis' log alone.
 type process struct {
-	// further brings the signal after the first, which ends the context.
+	// further brings the signal after the first, which ends the context, unless it is the
+	// same: see sameSignal.
 	further chan os.Signal
 }
 
@@ -24,6 +25,10 @@ const (
 	// appName is Postgres' own variable for what pg_stat_activity shows, unless the
 	// URL says something else.
 	appName = "PGAPPNAME"
+	// sameSignal is how long after the first signal a further one is taken for the same:
+	// timeout(1), and a terminal with a shell or a supervisor between, signal the process
+	// and its group.
+	sameSignal = time.Second
 	// lastWords is how long a command that listens for the second signal has to log it.
 	lastWords = time.Second
 )
@@ -32,8 +37,8 @@ const (
 // return: it exits with 0, with 1 if something went wrong, or with 2 if the command line or
 // the settings are wrong.
 //
-// The first SIGTERM or SIGINT ends what it does, gracefully; a second one, at once. The
-// version is set with
+// The first SIGTERM or SIGINT ends what it does, gracefully; one that comes a second later,
+// or after that, at once. The version is set with
 //
 //	go build -ldflags "-X github.com/carpool-go/carpool/worker/cli.buildVersion=v1.2.3"
 func Main(groups ...tasks.Group) {
@@ -51,7 +56,13 @@ func (p Program) Main() {
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
 	go func() {
 		cancel(signalError{<-signals})
-		p.process.further <- <-signals
+		for first := time.Now(); ; {
+			further := <-signals
+			if time.Since(first) > sameSignal {
+				p.process.further <- further
+				break
+			}
+		}
 		time.Sleep(lastWords)
 		os.Exit(exitFailed)
 	}()

@@ -8,6 +8,7 @@ import (
 
 	"github.com/alecthomas/kong"
 
+	"github.com/carpool-go/carpool/internal/startup"
 	"github.com/carpool-go/carpool/worker"
 )
 
@@ -30,6 +31,9 @@ func (r *runCmd) Run(ctx context.Context, in *invocation) error {
 	level, format := in.faults().log(r.logSettings)
 	log := in.newLogger(level, format)
 	in.process.logRedis(log)
+	for _, line := range in.misspelt() {
+		log.Warn(line)
+	}
 	cfg.Logger, cfg.Burst = log, r.Burst
 
 	ended := make(chan error, 1)
@@ -50,6 +54,7 @@ func (r *runCmd) Run(ctx context.Context, in *invocation) error {
 		log.Info("stopped before it had started", "error", err)
 		return nil
 	default:
+		err, _ = startup.Explain("DATABASE_URL", cfg.Pool.URL, err)
 		log.Error("the worker has failed", "error", err)
 		return errLogged
 	}

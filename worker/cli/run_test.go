@@ -233,9 +233,7 @@ func TestRun_AtSIGTERMJobsMayFinish(t *testing.T) {
 		<-w.arrived
 	}
 	p.Signal(t, syscall.SIGTERM)
-	workertest.Eventually(t, "the four fetchers and the instance's own server have stopped", func() bool {
-		return strings.Count(p.Log.String(), `"msg":"Processor stopped"`) == 5
-	})
+	p.Log.Wait(t, `"msg":"no more jobs are fetched"`)
 	late := w.enqueue(t, b, 1)[0]
 	w.open()
 	if code := p.Exit(t); code != 0 {
@@ -301,11 +299,29 @@ func TestRun_SecondSignalExitsAtOnce(t *testing.T) {
 	<-w.arrived
 	p.Signal(t, syscall.SIGINT)
 	p.Log.Wait(t, "stopping: no more jobs are fetched")
-	p.Signal(t, syscall.SIGINT)
+	workertest.Eventually(t, "a signal that is not the first one again stops it", func() bool {
+		return p.Cmd.Process.Signal(syscall.SIGINT) != nil || strings.Contains(p.Log.String(), `"because_of":"a second signal"`)
+	})
 	if code := p.Exit(t); code != exitFailed {
 		t.Errorf("exit code %d, want %d", code, exitFailed)
 	}
 	p.Log.Wait(t, `"because_of":"a second signal"`)
+}
+
+// As timeout(1) does it, which signals the process and its group.
+func TestRun_TwoSignalsAtOnceAreOne(t *testing.T) {
+	t.Parallel()
+	b, w := setup(t), receive(t)
+	p := b.Start(t, w.env()...)
+	job := w.enqueue(t, b, 1)[0]
+	<-w.arrived
+	p.Signal(t, syscall.SIGTERM)
+	p.Signal(t, syscall.SIGINT) // another one, because two of a kind may arrive as one
+	p.Log.Wait(t, `"msg":"no more jobs are fetched"`)
+	w.open()
+	if code := p.Exit(t); code != 0 || w.delivered(job.ID) != 1 {
+		t.Errorf("exit code %d; the job was delivered %d times", code, w.delivered(job.ID))
+	}
 }
 
 func TestRun_SIGTERMEndsAWorkerWhoseRedisDoesNotAnswer(t *testing.T) {
@@ -465,6 +481,9 @@ func TestEnqueue_FlagsDoWhatTheySay(t *testing.T) {
 	if info := enqueue("--queue", "low"); info.Queue != "low" || info.State != asynq.TaskStatePending {
 		t.Errorf("--queue low: %+v", info)
 	}
+	if info := enqueue("--timeout", "90s", "--retention", "1h"); info.Timeout != 90*time.Second+asynqwire.TimeoutGrace || info.Retention != time.Hour {
+		t.Errorf("--timeout 90s --retention 1h: %+v", info)
+	}
 	if info := enqueue("--in", "1h"); info.State != asynq.TaskStateScheduled || time.Until(info.NextProcessAt) > time.Hour {
 		t.Errorf("--in 1h: %+v", info)
 	}
@@ -501,6 +520,9 @@ func TestEnqueue_WrongUseIsOneClearMessageAndExitCode2(t *testing.T) {
 		{[]string{"pool:validate", "{}", "--in", "1h", "--at", "2099-01-02T03:04:05Z"}, "--in and --at can't be used together"},
 		{[]string{"pool:validate", "{}", "--max-retry", "-1"}, "--max-retry"},
 		{[]string{"pool:validate", "{}", "--queue", "a b"}, "--queue"},
+		{[]string{"pool:validate", "{}", "--timeout", "1ms"}, "--timeout: 1ms is not from 1s to 30 days"},
+		{[]string{"pool:validate", "{}", "--timeout", "721h"}, "--timeout: 721h0m0s is not from 1s to 30 days"},
+		{[]string{"pool:validate", "{}", "--retention=-1s"}, "--retention: -1s is not from 1s to 366 days"},
 		{[]string{"pool:validate", "{}", "--frobnicate"}, "unknown flag --frobnicate"},
 	} {
 		stdout, stderr, code := b.run(t, nil, append([]string{"enqueue"}, c.args...)...)
@@ -517,6 +539,48 @@ func TestEnqueue_WaitExitsWith1WhenTheJobFailed(t *testing.T) {
 	stdout, stderr, code := b.run(t, nil, "enqueue", "csv:import", `{"source":"file:///x.csv","table":"x","mode":"replace"}`, "--wait")
 	if code != exitFailed || !strings.Contains(stderr, "IMPORT_DIR") || strings.Count(stdout, "\n") != 1 {
 		t.Errorf("exit code %d\n%s%s", code, stdout, stderr)
+	}
+}
+
+func TestEnqueue_WaitSaysThatTheJobWasCancelled(t *testing.T) {
+	t.Parallel()
+	b, w := setup(t), receive(t)
+	wait := func(args ...string) (stdout, stderr *workertest.Log, ended chan int) {
+		stdout, stderr, ended = workertest.NewLog(), workertest.NewLog(), make(chan int)
+		go func() {
+			p := Program{Name: "worker", Groups: []tasks.Group{new(builtin.Tasks)}, Env: environment(b.Env)}
+			ended <- p.Run(t.Context(), append(append([]string{"enqueue"}, args...), "--wait"), nil, stdout, stderr)
+		}()
+		stdout.Wait(t, "\n")
+		return stdout, stderr, ended
+	}
+	cancel := func(id string) {
+		t.Helper()
+		if _, stderr, code := b.run(t, nil, "cancel", id); code != 0 {
+			t.Fatal(stderr)
+		}
+	}
+
+	out, errs, ended := wait("pool:validate", "{}") // nobody runs it
+	errs.Wait(t, "pending\n")
+	cancel(strings.TrimSpace(out.String()))
+	if code := <-ended; code != exitFailed || !strings.Contains(errs.String(), "worker: job cancelled: it was removed from its queue\n") {
+		t.Errorf("one that waits: exit code %d\n%s", code, errs)
+	}
+
+	p := b.Start(t, w.env()...)
+	_, errs, ended = wait("webhook:deliver", `{"url":"`+w.URL+`","event":"x","body":{}}`)
+	id := <-w.arrived
+	cancel(id)
+	if code := <-ended; code != exitFailed || !strings.HasSuffix(errs.String(), "\nworker: job cancelled\n") {
+		t.Errorf("one that runs: exit code %d\n%s", code, errs)
+	}
+	if stdout, stderr, _ := b.run(t, nil, "archive", "show", id); !strings.Contains(stdout, "reason    cancelled\n") {
+		t.Errorf("archive show:\n%s%s", stdout, stderr)
+	}
+	p.Log.Wait(t, `"outcome":"cancelled"`)
+	if log := p.Log.String(); strings.Contains(log, "context canceled") {
+		t.Errorf("the log has asynq's word for it:\n%s", log)
 	}
 }
 

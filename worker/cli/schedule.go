@@ -30,19 +30,16 @@ type scheduleCmd struct {
 
 // withSchedules opens the database for as long as use takes.
 func (in *invocation) withSchedules(ctx context.Context, s databaseSettings, use func(db *dbpool.Pool) error) error {
-	db, err := s.open(in)
-	if err != nil {
+	return in.withDatabase(s, func(db *dbpool.Pool) error {
+		if err := schema.Check(ctx, db); err != nil {
+			return err
+		}
+		err := use(db)
+		if errors.Is(err, scheduler.ErrNotFound) {
+			return fmt.Errorf("%w; see: %s schedule ls", err, in.Name)
+		}
 		return err
-	}
-	defer db.Close()
-	if err := schema.Check(ctx, db); err != nil {
-		return err
-	}
-	err = use(db)
-	if errors.Is(err, scheduler.ErrNotFound) {
-		return fmt.Errorf("%w; see: %s schedule ls", err, in.Name)
-	}
-	return err
+	})
 }
 
 type scheduleAddCmd struct {
@@ -65,23 +62,9 @@ type scheduleAddCmd struct {
 
 // Run adds the entry and prints when it is next run.
 func (a *scheduleAddCmd) Run(ctx context.Context, in *invocation) error {
-	payload, err := in.readPayload(a.Kind, a.Payload, func(task *tasks.Task) string {
-		return "'" + task.Example() + "'"
-	})
+	e, err := a.entry(in)
 	if err != nil {
 		return err
-	}
-	maxRetry, err := maxRetryFlag(a.MaxRetry)
-	if err != nil {
-		return err
-	}
-	e := scheduler.Entry{
-		Name: a.Name, Cron: a.Cron, TimeZone: a.TimeZone, Payload: payload,
-		Options: tasks.Options{Queue: a.Queue, MaxRetry: maxRetry, Timeout: a.Timeout, Retention: a.Retention},
-		Missed:  scheduler.Missed(a.Missed), Overlap: scheduler.Overlap(a.Overlap),
-	}
-	if err := e.Validate(); err != nil {
-		return configError(err.Error())
 	}
 	return in.withSchedules(ctx, a.databaseSettings, func(db *dbpool.Pool) error {
 		err := scheduler.Add(ctx, db, e, a.Replace)
@@ -99,6 +82,44 @@ func (a *scheduleAddCmd) Run(ctx context.Context, in *invocation) error {
 		return nil
 	})
 }
+
+// entry is the entry to be added. The error names everything that is wrong with it.
+func (a *scheduleAddCmd) entry(in *invocation) (scheduler.Entry, error) {
+	var faults []string
+	payload, err := in.readPayload(a.Kind, a.Payload, func(task *tasks.Task) string {
+		return "'" + task.Example() + "'"
+	})
+	if err != nil {
+		if _, wrong := errors.AsType[configError](err); !wrong {
+			return scheduler.Entry{}, err
+		}
+		faults, payload = append(faults, err.Error()), unread{}
+	}
+	maxRetry, err := maxRetryFlag(a.MaxRetry)
+	if err != nil {
+		faults = append(faults, err.Error())
+	}
+	e := scheduler.Entry{
+		Name: a.Name, Cron: a.Cron, TimeZone: a.TimeZone, Payload: payload,
+		Options: tasks.Options{Queue: a.Queue, MaxRetry: maxRetry, Timeout: a.Timeout, Retention: a.Retention},
+		Missed:  scheduler.Missed(a.Missed), Overlap: scheduler.Overlap(a.Overlap),
+	}
+	faults = append(faults, errorLines(e.Validate())...)
+	switch len(faults) {
+	case 0:
+		return e, nil
+	case 1:
+		return scheduler.Entry{}, configError(faults[0])
+	}
+	return scheduler.Entry{}, configError(fmt.Sprintf("%d things are wrong with the entry:\n  %s", len(faults), strings.Join(faults, "\n  ")))
+}
+
+// unread is in the place of a payload that could not be read, which is said already.
+type unread struct{}
+
+func (unread) Kind() string           { return "" }
+func (unread) Options() tasks.Options { return tasks.Options{} }
+func (unread) Validate() error        { return nil }
 
 type scheduleLsCmd struct {
 	JSON bool `help:"One JSON object a line."`

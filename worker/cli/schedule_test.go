@@ -56,6 +56,15 @@ func TestSchedule_RefusesWhatIsWrongWithOneLineThatNamesIt(t *testing.T) {
 			t.Errorf("%q says %q, want %q in it", c.args, stderr, c.want)
 		}
 	}
+	_, stderr := b.schedule(t, exitUsage, "add", "a b", "61 * * * *", "rows:prune", "{}", "--time-zone", "Mars", "--max-retry=-1", "--timeout", "1ms")
+	if !strings.HasPrefix(stderr, "worker: 6 things are wrong with the entry:\n") {
+		t.Errorf("of six faults it says\n%s", stderr)
+	}
+	for _, field := range []string{"rows:prune payload", "--max-retry", "name", "timeout", "time_zone", "cron"} {
+		if !strings.Contains(stderr, "\n  "+field+": ") {
+			t.Errorf("%s is not among what is wrong:\n%s", field, stderr)
+		}
+	}
 	for _, args := range [][]string{{"enable", "a"}, {"disable", "a"}, {"rm", "a"}, {"run-now", "a"}, {"next", "a"}} {
 		if _, stderr := b.schedule(t, exitFailed, args...); !strings.Contains(stderr, "worker schedule ls") {
 			t.Errorf("%q on an entry that there isn't says %q", args, stderr)

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
-	"io"
 	"reflect"
 	"regexp"
 	"slices"
@@ -376,21 +375,26 @@ func (s *groupSettings) text(set *setting) (text string, given bool) {
 	return text, text != set.fallbackText
 }
 
-// print writes a line "NAME\tvalue" for each setting, after kong has parsed: *** for a
-// secret that is set, and other values as redact returns them.
-func (s *groupSettings) print(w io.Writer) {
+// shown returns the settings as they may be shown, after kong has parsed: *** for a secret
+// that is set, and other values as redact returns them.
+func (s *groupSettings) shown(source func(variable string) string) (list []shownSetting) {
 	for _, of := range s.groups {
 		for _, set := range of.settings {
 			text, given := s.text(set)
+			fallback := s.redact(set.variable, set.fallbackText)
 			switch {
 			case !set.secret:
 				text = s.redact(set.variable, text)
 			case given || !set.fallback.IsZero():
 				text = "***"
 			}
-			fmt.Fprintf(w, "%s\t%s\n", set.variable, text)
+			if set.secret {
+				fallback = ""
+			}
+			list = append(list, shownSetting{set.variable, text, fallback, source(set.variable)})
 		}
 	}
+	return list
 }
 
 // errorLines returns the text of err, or of each error that [errors.Join] joined in it.

@@ -363,6 +363,13 @@ func TestSettings_TagsReachKongAsTheyAre(t *testing.T) {
 	same(t, odd.Path, `${HOME}\`)
 }
 
+// print prints the settings as config does, but for the columns.
+func (s *groupSettings) print(w io.Writer) {
+	for _, set := range s.shown(func(string) string { return fromDefault }) {
+		fmt.Fprintf(w, "%s\t%s\n", set.Name, set.Value)
+	}
+}
+
 func TestSettings_Print(t *testing.T) {
 	t.Parallel()
 	show := func(env map[string]string, args ...string) string {

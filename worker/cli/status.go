@@ -23,6 +23,35 @@ type statusCmd struct {
 	databaseSettings `embed:""`
 }
 
+// Help explains the words of the status.
+func (*statusCmd) Help() string {
+	return `Of an instance, which is one worker process:
+
+  HANDS     how many jobs it runs, of how many at most at once (WORKER_CONCURRENCY)
+  POOL IN   connections of its pool that are open and idle, and
+  OUT       those that jobs have
+  OVERFLOW  how many of them are beyond DB_POOL_SIZE, and closed soon after
+  WAITING   jobs that wait for a connection
+  DATABASE  AWAY while its jobs wait for the database to come back
+
+Of a queue, how many of its jobs are:
+
+  PENDING    waiting for a worker that is free
+  ACTIVE     run at this moment
+  SCHEDULED  not due yet
+  RETRY      failed, and waiting for their next try
+  ARCHIVED   given up; see: archive ls
+  LATENCY    is how long the oldest pending job has waited
+  PAUSED     means that workers fetch none of its jobs; see: resume
+
+Of the outbox, where jobs are that were enqueued in a transaction of the database:
+
+  waiting    on their way to their queues, usually for less than a second
+  set aside  can't become jobs, for the reasons below it; see: outbox ls
+
+A line that begins with ! needs somebody.`
+}
+
 const watchEvery = 2 * time.Second
 
 // Run shows the status. What it could not read it names after it has printed the rest.
@@ -49,12 +78,12 @@ func (s *statusCmd) show(ctx context.Context, in *invocation, a *admin.Admin) er
 		}
 	case s.Watch && isTerminal(in.stdout):
 		text.WriteString(clearScreen)
-		printStatus(&text, now)
+		printStatus(&text, now, in.painter())
 	case s.Watch:
-		printStatus(&text, now)
+		printStatus(&text, now, in.painter())
 		text.WriteByte('\n')
 	default:
-		printStatus(&text, now)
+		printStatus(&text, now, in.painter())
 	}
 	if _, err := in.stdout.Write(text.Bytes()); err != nil {
 		return err
@@ -93,17 +122,17 @@ func (s *statusCmd) watch(ctx context.Context, in *invocation, a *admin.Admin) e
 }
 
 // printStatus writes the status for people.
-func printStatus(out *bytes.Buffer, s *admin.Status) {
+func printStatus(out *bytes.Buffer, s *admin.Status, paint painter) {
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	if len(s.Instances) == 0 {
-		fmt.Fprintln(w, "no instance is up")
+		fmt.Fprintln(w, paint(red, "no instance is up"))
 	} else {
-		fmt.Fprintln(w, "INSTANCE\tVERSION\tUP SINCE\tHANDS\tPOOL IN\tOUT\tOVERFLOW\tWAITING\tDATABASE\tQUEUES")
+		fmt.Fprintln(w, "INSTANCE\tVERSION\tUP SINCE\tHANDS\tPOOL IN\tOUT\tOVERFLOW\tWAITING\t"+paint(normal, "DATABASE")+"\tQUEUES")
 	}
 	for _, i := range s.Instances {
-		database := "there"
+		database := paint(normal, "there")
 		if i.DatabaseAway {
-			database = "AWAY"
+			database = paint(red, "AWAY")
 		}
 		fmt.Fprintf(w, "%s\t%s\t%s\t%d/%d\t%d\t%d\t%d\t%d\t%s\t%s\n",
 			printable(i.Name), printable(i.Version), i.Started.UTC().Format(time.DateTime+"Z"), i.Running, i.Concurrency,
@@ -111,16 +140,16 @@ func printStatus(out *bytes.Buffer, s *admin.Status) {
 	}
 	_ = w.Flush() // a buffer takes everything
 	for _, m := range s.Missing {
-		fmt.Fprintf(out, "! %s gives no sign of life since %sZ, %s ago\n",
-			printable(m.Name), m.Seen.UTC().Format(time.DateTime), age(s.At.Sub(m.Seen)))
+		fmt.Fprintln(out, paint(red, fmt.Sprintf("! %s gives no sign of life since %sZ, %s ago",
+			printable(m.Name), m.Seen.UTC().Format(time.DateTime), age(s.At.Sub(m.Seen)))))
 	}
 	fmt.Fprintln(out)
-	printQueues(w, out, s)
+	printQueues(w, out, s, paint)
 	fmt.Fprintln(out)
-	printOutbox(out, s)
+	printOutbox(out, s, paint)
 }
 
-func printQueues(w *tabwriter.Writer, out *bytes.Buffer, s *admin.Status) {
+func printQueues(w *tabwriter.Writer, out *bytes.Buffer, s *admin.Status, paint painter) {
 	if len(s.Queues) == 0 {
 		fmt.Fprintln(out, "no queue has had a job yet")
 		return
@@ -129,23 +158,24 @@ func printQueues(w *tabwriter.Writer, out *bytes.Buffer, s *admin.Status) {
 	for _, q := range s.Queues {
 		paused := ""
 		if q.Paused {
-			paused = "PAUSED"
+			paused = paint(yellow, "PAUSED")
 		}
 		fmt.Fprintf(w, "%s\t%d\t%d\t%d\t%d\t%d\t%s\t%s\n", printable(q.Name),
 			q.Pending, q.Active, q.Scheduled, q.Retry, q.Archived, age(time.Duration(q.LatencyMS)*time.Millisecond), paused)
 	}
 	_ = w.Flush()
 	for _, q := range s.Queues {
-		if q.Pending > 0 && !s.IsServed(q.Name) {
-			fmt.Fprintf(out, "! nobody pulls from %s: no instance has it among its WORKER_QUEUES\n", printable(q.Name))
+		if q.Pending+q.Active+q.Scheduled+q.Retry > 0 && !s.IsServed(q.Name) {
+			fmt.Fprintln(out, paint(red, fmt.Sprintf("! nobody pulls from %s: no instance has it among its WORKER_QUEUES", printable(q.Name))))
 		}
 		if q.ArchiveNearlyFull {
-			fmt.Fprintf(out, "! the archive of %s holds %d jobs; beyond %d, asynq drops the oldest\n", printable(q.Name), q.Archived, admin.ArchiveLimit)
+			fmt.Fprintln(out, paint(yellow, fmt.Sprintf("! the archive of %s holds %d jobs; beyond %d, asynq drops the oldest",
+				printable(q.Name), q.Archived, admin.ArchiveLimit)))
 		}
 	}
 }
 
-func printOutbox(out *bytes.Buffer, s *admin.Status) {
+func printOutbox(out *bytes.Buffer, s *admin.Status, paint painter) {
 	o := s.Outbox
 	if o == nil {
 		fmt.Fprintf(out, "outbox: %s\n", s.OutboxNote)
@@ -156,8 +186,11 @@ func printOutbox(out *bytes.Buffer, s *admin.Status) {
 		fmt.Fprintf(out, ", the oldest for %s", age(time.Duration(o.OldestMS)*time.Millisecond))
 	}
 	fmt.Fprintf(out, "; %d set aside\n", o.Rejected)
+	for _, k := range o.UnknownKinds {
+		fmt.Fprintln(out, paint(red, fmt.Sprintf("! %d waiting: no instance that is up knows the kind %s", k.Rows, printable(k.Kind))))
+	}
 	for _, p := range o.Problems {
-		fmt.Fprintf(out, "! %d: %s\n", p.Rows, printable(p.Problem))
+		fmt.Fprintln(out, paint(yellow, fmt.Sprintf("! %d: %s", p.Rows, printable(p.Problem))))
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"io"
 	"os"
+	"regexp"
 	"strconv"
 	"strings"
 	"sync"
@@ -165,7 +166,7 @@ func TestStatus_ShowsTheFleetTheQueuesAndTheOutbox(t *testing.T) {
 	now.Outbox.OldestMS = 120_400
 
 	var text bytes.Buffer
-	printStatus(&text, now)
+	printStatus(&text, now, unpainted)
 	want := []string{
 		"INSTANCE VERSION UP SINCE HANDS POOL IN OUT OVERFLOW WAITING DATABASE QUEUES",
 		"a-00000001 1.2.3 2027-01-15 08:00:00Z 7/10 1 6 2 4 there critical=6,default=3",
@@ -313,6 +314,91 @@ func TestStatus_WarnsOfAnArchiveThatIsNearlyFull(t *testing.T) {
 	}
 }
 
+func TestStatus_WarnsOfAQueueThatNobodyPullsFromWhateverItsJobsAre(t *testing.T) {
+	t.Parallel()
+	served := []admin.Instance{{Name: "a-00000001", Queues: map[string]int{"default": 1}}}
+	for name, c := range map[string]struct {
+		queue admin.Queue
+		other []string // queues of other servers
+		warns bool
+	}{
+		"pending":                    {admin.Queue{Name: "typo", Pending: 1}, nil, true},
+		"active":                     {admin.Queue{Name: "typo", Active: 1}, nil, true},
+		"scheduled":                  {admin.Queue{Name: "typo", Scheduled: 1}, nil, true},
+		"retry":                      {admin.Queue{Name: "typo", Retry: 1}, nil, true},
+		"what has ended":             {admin.Queue{Name: "typo", Archived: 1, Completed: 1}, nil, false},
+		"an instance pulls from it":  {admin.Queue{Name: "default", Scheduled: 1}, nil, false},
+		"a server of asynq's does":   {admin.Queue{Name: "typo", Scheduled: 1}, []string{"typo"}, false},
+		"a server of asynq's, other": {admin.Queue{Name: "typo", Scheduled: 1}, []string{"mail"}, true},
+	} {
+		var text bytes.Buffer
+		printStatus(&text, &admin.Status{Instances: served, Queues: []admin.Queue{c.queue}, ServedQueues: c.other}, unpainted)
+		if got := strings.Contains(text.String(), "\n! nobody pulls from typo: no instance has it among its WORKER_QUEUES\n"); got != c.warns {
+			t.Errorf("%s: it warns: %t\n%s", name, got, &text)
+		}
+	}
+}
+
+func TestStatus_NamesTheKindsOfTheOutboxThatNoWorkerKnows(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.Start(t)
+	b.exec(t, `INSERT INTO carpool.outbox (id, kind, payload) SELECT gen_random_uuid(), 'shop:order', '{}' FROM generate_series(1, 3)`)
+	stdout, stderr, code := b.run(t, nil, "status")
+	if code != 0 || stderr != "" || !strings.Contains(stdout, "; 0 set aside\n! 3 waiting: no instance that is up knows the kind shop:order\n") {
+		t.Errorf("exit code %d\n%s%s", code, stdout, stderr)
+	}
+	stdout, _, _ = b.run(t, nil, "status", "--json")
+	if !strings.Contains(stdout, `"unknown_kinds":[{"kind":"shop:order","rows":3}]`) {
+		t.Errorf("JSON: %s", stdout)
+	}
+}
+
+// escape matches what sets a colour.
+var escape = regexp.MustCompile("\x1b\\[[0-9]+m")
+
+func TestStatus_ColoursChangeNothingElse(t *testing.T) {
+	t.Parallel()
+	b := newBusy(t)
+	now, err := b.admin.Status(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	now.Queues = append(now.Queues, admin.Queue{Name: "typo", Pending: 1, ArchiveNearlyFull: true})
+	now.Outbox.UnknownKinds = []admin.OutboxKind{{Kind: "shop:order", Rows: 3}}
+	var without, with bytes.Buffer
+	printStatus(&without, now, unpainted)
+	printStatus(&with, now, painted)
+	if diff := cmp.Diff(without.String(), escape.ReplaceAllString(with.String(), "")); diff != "" {
+		t.Errorf("without the colours (-want +got):\n%s", diff)
+	}
+	for c, texts := range map[colour][]string{
+		red:    {"AWAY", "! dead-00000003 gives", "! nobody pulls from typo", "! 3 waiting: no instance"},
+		yellow: {"PAUSED", "! the archive of typo", "! 4: problem 0"},
+	} {
+		for _, text := range texts {
+			if !strings.Contains(with.String(), string(c)+text) {
+				t.Errorf("%s is not in its colour:\n%q", text, &with)
+			}
+		}
+	}
+	if strings.Contains(without.String(), "\x1b") {
+		t.Error("there are colours without a painter")
+	}
+}
+
+func TestStatus_HelpExplainsItsWords(t *testing.T) {
+	t.Parallel()
+	stdout, _, _ := (Program{Name: "worker"}).run(t, "status", "--help")
+	for _, word := range []string{
+		"HANDS", "POOL IN", "OUT", "OVERFLOW", "WAITING", "DATABASE", "PENDING", "ACTIVE", "SCHEDULED", "RETRY", "ARCHIVED", "LATENCY", "PAUSED", "waiting", "set aside",
+	} {
+		if !regexp.MustCompile(`(?m)^ +` + word + ` +[a-zA-Z]`).MatchString(stdout) {
+			t.Errorf("%s is not explained:\n%s", word, stdout)
+		}
+	}
+}
+
 func TestStatus_NamesCanNotMoveTheCursor(t *testing.T) {
 	t.Parallel()
 	for in, want := range map[string]string{
@@ -408,7 +494,7 @@ func TestStatus_ItsExitCodesAreThoseOfTheOtherCommands(t *testing.T) {
 	}{
 		{[]string{"REDIS_URL="}, exitUsage, "worker: REDIS_URL is not set; for example "},
 		{[]string{"DATABASE_URL=mysql://x"}, exitUsage, "worker: DATABASE_URL is wrong: "},
-		{[]string{"REDIS_URL=redis://127.0.0.1:1"}, exitFailed, "worker: REDIS_URL: read the names of the instances: "},
+		{[]string{"REDIS_URL=redis://127.0.0.1:1"}, exitFailed, "worker: REDIS_URL: Redis at 127.0.0.1:1 cannot be reached: "},
 		{[]string{"DATABASE_URL=postgres://127.0.0.1:1/app"}, exitFailed, "worker: DATABASE_URL: look at the outbox: "},
 		{[]string{"DATABASE_URL="}, 0, ""},
 	} {

@@ -86,6 +86,9 @@ func TestCancel_RunningJobStopsAndIsNotRunAgain(t *testing.T) {
 			if err != nil || got.State != asynq.TaskStateArchived {
 				t.Fatalf("it is %+v, error %v; want it archived", got, err)
 			}
+			if got.LastErr != "cancelled" { // as asynqmon shows it
+				t.Errorf("its last error is %q", got.LastErr)
+			}
 			if job := f.records(t, 1)[0]["job"].(map[string]any); job["outcome"] != outcomeCancelled {
 				t.Errorf("the record is %v", job)
 			}
@@ -152,6 +155,9 @@ func TestCancel_LastTryOfAJobOfOthersIsArchivedWithoutAWarning(t *testing.T) {
 	f.stop() // waits for what is put away
 	if strings.Contains(f.log.String(), "could not be put away") {
 		t.Error("there is a false warning")
+	}
+	if got, err := f.Inspector.GetTaskInfo(info.Queue, info.ID); err != nil || got.State != asynq.TaskStateArchived || got.LastErr != "cancelled" {
+		t.Errorf("it is %+v, error %v", got, err)
 	}
 }
 

@@ -8,9 +8,9 @@ import (
 	"time"
 )
 
-// asynqLog lets asynq log through slog. What asynq says of its own comings and
-// goings is for debugging; what it says of single tasks the executor's record says
-// better.
+// asynqLog lets asynq log through slog. It drops what asynq says of its own comings and
+// goings, and of single tasks, because the level debug is for the records of jobs, which
+// say that better.
 //
 // While Redis is away each of its loops says so each time; of errors that begin
 // alike, one is logged in asynqQuiet.
@@ -23,8 +23,8 @@ type asynqLog struct {
 
 const asynqQuiet = 10 * time.Second
 
-func (l *asynqLog) Debug(args ...any) { l.log.Debug(fmt.Sprint(args...)) }
-func (l *asynqLog) Info(args ...any)  { l.log.Debug(fmt.Sprint(args...)) }
+func (*asynqLog) Debug(...any) {}
+func (*asynqLog) Info(...any)  {}
 
 func (l *asynqLog) Error(args ...any) {
 	message := fmt.Sprint(args...)
@@ -49,7 +49,6 @@ func (l *asynqLog) Fatal(args ...any) { l.log.Error(fmt.Sprint(args...)) }
 func (l *asynqLog) Warn(args ...any) {
 	message := fmt.Sprint(args...)
 	if strings.HasPrefix(message, "Retry exhausted for task") || strings.HasPrefix(message, "Quitting worker.") {
-		l.log.Debug(message)
 		return
 	}
 	l.log.Warn(message)

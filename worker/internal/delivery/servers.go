@@ -77,6 +77,7 @@ func (s *Servers) Stop() {
 	timeUp := time.AfterFunc(s.cfg.ShutdownTimeout, func() { s.executor.end(errEnding) })
 	defer timeUp.Stop()
 	s.each((*asynq.Server).Stop) // takes its time if Redis is silent
+	s.cfg.Log.Debug("no more jobs are fetched")
 	s.each((*asynq.Server).Shutdown)
 	s.list = nil
 }

@@ -13,7 +13,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/hibiken/asynq"
 	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/admin"
@@ -237,33 +236,18 @@ func absentInstances(ctx context.Context, rdb redis.UniversalClient) ([]string, 
 	if err != nil {
 		return nil, fmt.Errorf("read the figures of the instances: %w", err)
 	}
-	served, err := servedQueues(rdb)
+	// That is the second sign of life, for instances that write no snapshot.
+	served, err := asynqwire.ServedQueues(rdb)
 	if err != nil {
 		return nil, err
 	}
 	var absent []string
 	for i, name := range names {
-		if alive[i].Val() == 0 && !served[instance.Queue(name)] {
+		if alive[i].Val() == 0 && !slices.Contains(served, instance.Queue(name)) {
 			absent = append(absent, name)
 		}
 	}
 	return absent, nil
-}
-
-// servedQueues returns the queues that a server of asynq's pulls from, by asynq's own
-// account. That is the second sign of life, for instances that write no snapshot.
-func servedQueues(rdb redis.UniversalClient) (map[string]bool, error) {
-	servers, err := asynq.NewInspectorFromRedisClient(rdb).Servers()
-	if err != nil {
-		return nil, fmt.Errorf("read asynq's servers: %w", err)
-	}
-	served := make(map[string]bool)
-	for _, server := range servers {
-		for queue := range server.Queues {
-			served[queue] = true
-		}
-	}
-	return served, nil
 }
 
 // remove removes an instance's queue, with all that is in it, and its name, unless its

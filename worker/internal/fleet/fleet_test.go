@@ -18,6 +18,7 @@ import (
 
 	"github.com/carpool-go/carpool/admin"
 	"github.com/carpool-go/carpool/dbpool"
+	"github.com/carpool-go/carpool/internal/asynqwire"
 	"github.com/carpool-go/carpool/internal/instance"
 	"github.com/carpool-go/carpool/internal/testservers"
 	"github.com/carpool-go/carpool/tasks"
@@ -220,8 +221,8 @@ func TestFleet_LeavesQueuesAloneThatAreNotOfADeadInstance(t *testing.T) {
 	}
 	defer server.Shutdown()
 	workertest.Eventually(t, "asynq shows the server", func() bool {
-		served, err := servedQueues(rdb)
-		return err == nil && served["instance-old-00000009"]
+		served, err := asynqwire.ServedQueues(rdb)
+		return err == nil && slices.Contains(served, "instance-old-00000009")
 	})
 	later := time.Now().Add(time.Hour)
 	for _, queue := range []string{"default", "instance-billing", "instance-old-00000009"} {
@@ -334,7 +335,7 @@ func TestRun_IsInTheFleetUntilItStops(t *testing.T) {
 	}
 	i := instances[0]
 	if i.PID != p.Cmd.Process.Pid || i.Concurrency != 3 || i.Fetchers != 3 || i.Pool.PoolSize != 4 || i.DatabaseAway ||
-		!cmp.Equal(i.Queues, map[string]int{"default": 2, "low": 1}) || i.OwnQueue != instance.Queue(i.Name) {
+		!cmp.Equal(i.Queues, map[string]int{"default": 2, "low": 1}) || i.OwnQueue != instance.Queue(i.Name) || !slices.Contains(i.Kinds, "csv:import") || !slices.Contains(i.Kinds, "pool:validate") {
 		t.Errorf("snapshot: %+v", i)
 	}
 	workertest.Eventually(t, "its pool is validated", func() bool {

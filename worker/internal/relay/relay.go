@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"time"
 
@@ -42,11 +43,12 @@ type Relay struct {
 	postgres, redis outage
 	woken           bool      // a notification has come since the last move began
 	tidied          time.Time // when tidy was last called
+	toldUnknown     []string  // the kinds that warnOfUnknown has logged
 	load            load
 	markCaughtUp    func()
 }
 
-// Config is what a [Relay] works with. All fields but PollEvery are required.
+// Config is what a [Relay] works with. All fields but FleetKinds and PollEvery are required.
 type Config struct {
 	// DB is the database that has the outbox; only its URL and ThroughPooler are used.
 	DB dbpool.Config
@@ -56,6 +58,10 @@ type Config struct {
 	// Client enqueues the jobs.
 	Client *tasks.Client
 	Log    *slog.Logger
+	// FleetKinds returns the kinds that all workers that are up know; ok is false if that
+	// can't be said. With nil, the relay logs no kind that nobody knows before it rejects
+	// the rows.
+	FleetKinds func(context.Context) (kinds []string, ok bool, err error)
 	// PollEvery is how often the relay looks for rows without having been notified; 0 is
 	// a second, or a quarter of one through a pooler.
 	PollEvery time.Duration
@@ -82,8 +88,12 @@ const (
 	batchTimeout = 10 * time.Second
 	// stopGrace is what a batch may still take when the relay stops.
 	stopGrace = 2 * time.Second
-	// tidyEvery is how often rows of unknown kinds are readmitted or rejected.
+	// tidyEvery is how often rows of unknown kinds are looked for, to be readmitted,
+	// rejected or logged.
 	tidyEvery = time.Minute
+	// unknownAfter is how long a row of a kind that nobody knows has waited when it is
+	// logged, because the worker that knows it may be about to restart.
+	unknownAfter = 15 * time.Second
 	// backoff is the longest wait between two tries while a server is away.
 	backoff = 2 * time.Second
 )
@@ -402,6 +412,30 @@ func (r *Relay) tidy(ctx context.Context, conn *pgx.Conn) error {
 	}
 	for _, k := range rejected {
 		r.cfg.Log.Warn("rows of the outbox were set aside: "+outbox.UnknownKind+k.Kind, "rows", k.Rows)
+	}
+	return r.warnOfUnknown(ctx, conn)
+}
+
+// warnOfUnknown logs the kinds of waiting rows that no worker that is up knows, each kind
+// once. It logs nothing while it can't be said what the others know: Redis is away, or a
+// worker of an older version is up, which doesn't tell.
+func (r *Relay) warnOfUnknown(ctx context.Context, conn *pgx.Conn) error {
+	if r.cfg.FleetKinds == nil {
+		return nil
+	}
+	unknown, err := outbox.Unknown(ctx, conn, slices.Concat(r.kinds, r.toldUnknown), unknownAfter)
+	if err != nil || len(unknown) == 0 {
+		return err
+	}
+	known, ok, err := r.cfg.FleetKinds(ctx)
+	if err != nil || !ok {
+		return nil
+	}
+	for _, k := range unknown {
+		if !slices.Contains(known, k.Kind) {
+			r.toldUnknown = append(r.toldUnknown, k.Kind)
+			r.cfg.Log.Warn("rows of the outbox wait, and are set aside after ten minutes: no worker that is up knows the kind "+k.Kind, "rows", k.Rows)
+		}
 	}
 	return nil
 }

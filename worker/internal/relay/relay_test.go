@@ -643,6 +643,43 @@ func TestRelay_LeavesUnknownKindsToWorkersThatKnowThem(t *testing.T) {
 	}
 }
 
+func TestRelay_LogsAKindThatNoWorkerKnowsOnce(t *testing.T) {
+	t.Parallel()
+	const said = "rows of the outbox wait, and are set aside after ten minutes: no worker that is up knows the kind letter:write"
+	for name, c := range map[string]struct {
+		age  string
+		know func(context.Context) ([]string, bool, error)
+		want int
+	}{
+		"nobody knows it":           {"1 minute", knowing(true, nil, "note:take"), 1},
+		"it came only now":          {"1 second", knowing(true, nil, "note:take"), 0},
+		"another one knows it":      {"1 minute", knowing(true, nil, "letter:write", "note:take"), 0},
+		"another one doesn't say":   {"1 minute", knowing(false, nil), 0},
+		"the others can't be asked": {"1 minute", knowing(false, errors.New("Redis is away")), 0},
+		"nobody can be asked":       {"1 minute", nil, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			o := setupOutbox(t)
+			o.exec(t, "SELECT carpool.enqueue('letter:write', '{}') FROM generate_series(1, 3)")
+			o.exec(t, "UPDATE carpool.outbox SET created_at = now() - interval '"+c.age+"'")
+			r := o.relay(t, func(cfg *Config) { cfg.FleetKinds = c.know })
+			r.Stop()
+			if err := r.tidy(t.Context(), o.db); err != nil { // a minute later
+				t.Fatal(err)
+			}
+			if got := strings.Count(o.log.String(), said+`","rows":3`); got != c.want {
+				t.Errorf("it is logged %d times, want %d:\n%s", got, c.want, o.log)
+			}
+		})
+	}
+}
+
+// knowing returns an answer of the fleet's.
+func knowing(ok bool, err error, kinds ...string) func(context.Context) ([]string, bool, error) {
+	return func(context.Context) ([]string, bool, error) { return kinds, ok, err }
+}
+
 func TestRelay_RowsThatRedisRefusesDoNotHoldUpTheOthers(t *testing.T) {
 	t.Parallel()
 	o := setupOutbox(t)

@@ -1,0 +1,212 @@
+package startup
+
+import (
+	"errors"
+	"net"
+	"net/url"
+	"strings"
+
+	"github.com/jackc/pgerrcode"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/redis/go-redis/v9"
+
+	"github.com/carpool-go/carpool/dbpool"
+)
+
+// Explain returns an error of a server as it is shown to whoever runs the program: in one
+// line that begins with the variable that names the server, says what is wrong with it, and
+// names the way out where there is one. It wraps err. rawURL is the server's; of it only
+// hosts, the role and the name of the database are shown.
+//
+// ok is false for an error that says nothing of how the server can be used, such as the
+// answer to a wrong statement, and for nil. That is returned as it is.
+func Explain(variable, rawURL string, err error) (explained error, ok bool) {
+	if e, ok := errors.AsType[*explanation](err); ok {
+		return e, true
+	}
+	f := faultOf(rawURL, err)
+	if f == nil {
+		return err, false
+	}
+	text := variable + ": " + f.what
+	if f.err != nil {
+		text += ": " + oneLine(f.err.Error())
+	}
+	if said := oneLine(err.Error()); !f.forGood && strings.HasPrefix(said, variable+": ") {
+		text = said // it says what was tried
+	}
+	if f.wayOut != "" {
+		text += "; " + f.wayOut
+	}
+	return &explanation{text, err}, true
+}
+
+// explanation is an error with a text of its own.
+type explanation struct {
+	text string
+	err  error
+}
+
+func (e *explanation) Error() string { return e.text }
+func (e *explanation) Unwrap() error { return e.err }
+
+// fault is what is wrong with a server.
+type fault struct {
+	what   string
+	err    error // the server's own, of those that the whole error wraps; nil if what says it all
+	wayOut string
+	// forGood is true for a fault that no waiting mends.
+	forGood bool
+}
+
+// faultOf returns what is wrong with the server, nil if err says nothing of it.
+func faultOf(rawURL string, err error) *fault {
+	if err == nil {
+		return nil
+	}
+	if strings.HasPrefix(rawURL, "redis") {
+		return redisFault(rawURL, err)
+	}
+	return postgresFault(rawURL, err)
+}
+
+const refusedLogin = "the server refuses this user or password"
+
+func redisFault(rawURL string, err error) *fault {
+	at, bySentinel := hosts(rawURL), strings.Contains(rawURL, "-sentinel://")
+	reply, answered := errors.AsType[redis.Error](err)
+	switch {
+	case answered && errors.Is(err, redis.Nil):
+		if !bySentinel || reply == err { //nolint:errorlint // that of a mere key that isn't there
+			return nil
+		}
+		return &fault{what: "the Sentinels at " + at + " know no master of this name"}
+	case redis.HasErrorPrefix(err, "WRONGPASS"):
+		return &fault{refusedLogin, reply, "", true}
+	case redis.HasErrorPrefix(err, "NOAUTH"):
+		return &fault{refusedLogin, reply, "the URL needs the password: redis://:password@" + at, true}
+	case redis.HasErrorPrefix(err, "NOPERM"):
+		return &fault{"the server forbids this user a command", reply, "its ACL must allow all commands that a queue needs: ACL SETUSER … +@all ~* &*", true}
+	case redis.HasErrorPrefix(err, "DB index"):
+		return &fault{"the server has no database of the number that the URL ends with", reply, "", true}
+	case answered:
+		for _, prefix := range []string{"LOADING", "MASTERDOWN", "READONLY", "CLUSTERDOWN", "OOM", "MISCONF", "NOREPLICAS"} {
+			if redis.HasErrorPrefix(err, prefix) {
+				return &fault{"Redis at " + at + " can't serve now", reply, "", false}
+			}
+		}
+		return nil
+	case bySentinel:
+		return &fault{"Redis cannot be reached by the Sentinels at " + at, err, "", false}
+	}
+	return &fault{"Redis at " + at + " cannot be reached", err, "", false}
+}
+
+func postgresFault(rawURL string, err error) *fault {
+	connect, connecting := errors.AsType[*pgconn.ConnectError](err)
+	e, answered := errors.AsType[*pgconn.PgError](err)
+	switch {
+	case answered:
+		if f := postgresRefusal(rawURL, e, connecting); f != nil {
+			return f
+		}
+		if connecting {
+			return &fault{"Postgres takes no connection", connect, "", false}
+		}
+	case connecting:
+		return &fault{"Postgres cannot be reached", connect, "", false}
+	case dbpool.IsAway(err):
+		return &fault{"Postgres cannot be reached", err, "", false}
+	}
+	return nil
+}
+
+// postgresRefusal is a fault that no waiting mends; nil if e is none. Whether a role is
+// missing, or just not let in, is known by the function in Postgres that says so, because
+// the text of a message may be in any language.
+func postgresRefusal(rawURL string, e *pgconn.PgError, connecting bool) *fault {
+	var role, database string
+	if cfg, err := pgx.ParseConfig(rawURL); err == nil {
+		role, database = cfg.User, cfg.Database
+	}
+	quotedRole, quotedDatabase := pgx.Identifier{role}.Sanitize(), pgx.Identifier{database}.Sanitize()
+	f := &fault{err: e, forGood: true}
+	switch e.Code {
+	case pgerrcode.InvalidPassword:
+		f.what = refusedLogin
+	case pgerrcode.InvalidAuthorizationSpecification:
+		f.what = refusedLogin
+		if e.Routine == "InitializeSessionUserId" {
+			f.wayOut = "createuser " + role + " makes the role; ALTER ROLE " + quotedRole + " LOGIN lets one in that there is"
+		}
+	case pgerrcode.InvalidCatalogName:
+		f.what, f.wayOut = "the server has no such database", "make it with: createdb "+database
+	case pgerrcode.InsufficientPrivilege:
+		f.what = "the role " + role + " lacks a privilege"
+		switch {
+		case connecting && e.Routine == "CheckMyDatabase":
+			f.wayOut = "GRANT CONNECT ON DATABASE " + quotedDatabase + " TO " + quotedRole
+		case connecting:
+			f.what, f.wayOut = "the server doesn't take a parameter of the URL", "take it out of the URL"
+		case strings.HasPrefix(e.Message, "permission denied for database"):
+			f.wayOut = "GRANT CREATE ON DATABASE " + quotedDatabase + " TO " + quotedRole
+		default:
+			f.wayOut = "migrate needs the owner of the schema carpool; for the rest the owner grants: " +
+				"GRANT USAGE ON SCHEMA carpool TO " + quotedRole +
+				"; GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA carpool TO " + quotedRole +
+				"; GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA carpool TO " + quotedRole
+		}
+	case pgerrcode.UndefinedObject, pgerrcode.InvalidParameterValue, pgerrcode.CantChangeRuntimeParam:
+		if !connecting {
+			return nil
+		}
+		f.what, f.wayOut = "the server doesn't take a parameter of the URL", "take it out of the URL"
+	case pgerrcode.ProtocolViolation:
+		if !strings.HasPrefix(e.Message, "unsupported startup parameter") { // PgBouncer's
+			return nil
+		}
+		f.what, f.wayOut = "the server doesn't take a parameter of the URL", "take it out of the URL"
+	default:
+		return nil
+	}
+	return f
+}
+
+// hosts are those of a URL of Redis, with their ports.
+func hosts(rawURL string) string {
+	scheme, rest, _ := strings.Cut(rawURL, "://")
+	if end := strings.IndexAny(rest, "/?#"); end >= 0 {
+		rest = rest[:end]
+	}
+	port := "6379"
+	if strings.HasSuffix(scheme, "-sentinel") {
+		port = "26379"
+	}
+	list := strings.Split(rest[strings.LastIndexByte(rest, '@')+1:], ",")
+	for i, host := range list {
+		if u, err := url.Parse("//" + host); err == nil && u.Port() == "" {
+			list[i] = net.JoinHostPort(u.Hostname(), port)
+		}
+	}
+	return strings.Join(list, ", ")
+}
+
+// oneLine is the text of an error in one line, without the lines that say the same again:
+// a driver tries each address of a host, with TLS and without, and tells of each attempt.
+func oneLine(text string) string {
+	const refusedTLS = "tls error: server refused TLS connection" // then it is tried without
+	var kept []string
+	lines := strings.Split(text, "\n")
+	said := make(map[string]bool)
+	for i, line := range lines {
+		line = strings.TrimSpace(line)
+		if line == "" || said[line] || strings.HasSuffix(line, refusedTLS) && i < len(lines)-1 {
+			continue
+		}
+		said[line] = true
+		kept = append(kept, line)
+	}
+	text = strings.Join(kept, "; ")
+	return strings.Replace(text, ":; ", ": ", 1) // what ends with a colon heads the others
+}
