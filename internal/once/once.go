@@ -105,14 +105,15 @@ func (j *Job) Done(ctx context.Context) (result json.RawMessage, done bool, err 
 	return c.result, c.done, nil
 }
 
-// Look looks for the job's record, and for nothing else. The result is nil for none.
+// Look looks for the job's record, and for nothing else. The result is nil for none. The
+// error wraps [ErrNotBegun].
 func (j *Job) Look(ctx context.Context) (result json.RawMessage, done bool, err error) {
 	err = j.DB.QueryRow(ctx, lookJob, j.ID, j.Kind).Scan(&result)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return nil, false, nil
 	}
 	if err != nil {
-		return nil, false, fmt.Errorf("look whether the job is done: %w", err)
+		return nil, false, fmt.Errorf("%w: look whether the job is done: %w", ErrNotBegun, err)
 	}
 	return result, true, nil
 }

@@ -27,6 +27,8 @@ type Breaker struct {
 	away    chan struct{} // is closed when the database is back; nil while it is there
 	waiting int
 	outages map[string]int // by job: outages in a row while it ran
+	blocked error          // why jobs can't begin; nil if none is known
+	warned  time.Time      // when that was logged last
 	stopped bool
 
 	probing sync.WaitGroup
@@ -125,6 +127,40 @@ func (b *Breaker) clearOutages(id string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	delete(b.outages, id)
+}
+
+// blockedAgain is how often it is logged that jobs can't begin.
+const blockedAgain = time.Minute
+
+// block notes why jobs can't begin although the database answers, such as a missing
+// privilege, and logs it now and then.
+func (b *Breaker) block(err error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.blocked = err
+	if time.Since(b.warned) < blockedAgain {
+		return
+	}
+	b.warned = time.Now()
+	b.log.Warn("transactional jobs can't begin, and wait; the worker's role needs the rights on schema carpool, and the database carpool's tables: run the command migrate", "error", err)
+}
+
+// unblock notes that a transactional job has ended well.
+func (b *Breaker) unblock() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.blocked, b.warned = nil, time.Time{}
+}
+
+// Blocked is why jobs can't begin although the database answers; "" if nothing is known
+// of it.
+func (b *Breaker) Blocked() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.blocked == nil {
+		return ""
+	}
+	return b.blocked.Error()
 }
 
 // probe asks the database until it answers, and takes writes: a failover leads

@@ -216,6 +216,9 @@ const (
 	// maxConflicts is how often a job is run again at once because Postgres has
 	// sacrificed its transaction to another.
 	maxConflicts = 5
+	// blockedDelay is how long a job waits, more or less, that can't begin before somebody
+	// has changed something.
+	blockedDelay = 2 * time.Minute
 	// maxOutages is how often in a row the database may go away while the same
 	// job runs before that counts as the job's failure: it may be its doing.
 	maxOutages = 5
@@ -265,6 +268,9 @@ func (x *Executor) attemptWith(ctx context.Context, job *tasks.Job, unended stri
 		result, err := x.run(ctx, job, task, payload)
 		if err == nil {
 			x.breaker.clearOutages(job.ID)
+			if task.Once {
+				x.breaker.unblock()
+			}
 			return result, nil
 		}
 		if isConflict(err) && conflicts < maxConflicts && ctx.Err() == nil {
@@ -273,11 +279,15 @@ func (x *Executor) attemptWith(ctx context.Context, job *tasks.Job, unended stri
 			continue
 		}
 		usage := borrower.End()
-		if !x.isOutage(ctx, err, usage.Died > died, usage.Acquires > 0) {
+		outage := x.isOutage(ctx, err, usage.Died > died, usage.Acquires > 0)
+		switch {
+		case outage:
+		case errors.Is(err, once.ErrNotBegun):
+			return nil, x.notBegun(err)
+		case isExhausted(err):
+			return nil, x.exhausted(job, err)
+		default:
 			x.breaker.clearOutages(job.ID)
-			if errors.Is(err, once.ErrOtherRun) {
-				err = postponed(err)
-			}
 			return nil, err
 		}
 		if ctx.Err() != nil && errors.Is(err, once.ErrNoAnswer) {
@@ -299,6 +309,30 @@ func (x *Executor) attemptWith(ctx context.Context, job *tasks.Job, unended stri
 			return nil, postponed(err) // a new delivery has its whole time again
 		}
 	}
+}
+
+// notBegun postpones a job of which nothing has run, because what kept it from beginning is
+// not its doing. Where no waiting mends that it waits for minutes, and the log and the
+// instance's snapshot say what does.
+func (x *Executor) notBegun(err error) error {
+	if errors.Is(err, once.ErrOtherRun) || !isForGood(err) {
+		return postponed(err)
+	}
+	x.breaker.block(err)
+	return &postponedError{err, blockedDelay/2 + rand.N(blockedDelay)}
+}
+
+// exhausted postpones a job that failed because the server has run out of something,
+// longer each time, until that has happened too often in a row: then it may be the job's
+// doing, and is its failure.
+func (x *Executor) exhausted(job *tasks.Job, err error) error {
+	n := x.breaker.countOutage(job.ID)
+	if n > maxOutages {
+		x.breaker.clearOutages(job.ID)
+		return fmt.Errorf("the database ran out of something %d times in a row while this job ran: %w", n, err)
+	}
+	delay := time.Second << n
+	return &postponedError{err, delay/2 + rand.N(delay)}
 }
 
 // noteOutage opens the breaker for an error that says that the database is away, unless

@@ -41,9 +41,10 @@ func (p probe) Validate() error {
 // execution runs an executor with one handler in this process.
 type execution struct {
 	*bundle
-	log  *workertest.Log
-	db   *dbpool.Pool
-	stop func() // stops it before the test's end
+	log     *workertest.Log
+	db      *dbpool.Pool
+	breaker *Breaker
+	stop    func() // stops it before the test's end
 }
 
 func execute(t *testing.T, handler tasks.Handler[probe, string]) *execution {
@@ -98,6 +99,7 @@ func (b *bundle) executeWith(t *testing.T, c executionConfig, register func(*tas
 		Queues: c.queues, OwnQueue: "instance-of-" + t.Name(), Concurrency: c.slots, Fetchers: min(2, c.slots),
 		ShutdownTimeout: time.Second, BaseContext: context.Background(), Log: log,
 	})
+	x.breaker = d.Breaker
 	// A client that enqueues where the test does, also while the executor can't.
 	d.Executor.client, d.Executor.inspector = b.Client, b.Inspector
 	if c.hook != nil {

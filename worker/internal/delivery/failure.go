@@ -45,6 +45,14 @@ func isConflict(err error) bool {
 	return ok && (e.Code == pgerrcode.SerializationFailure || e.Code == pgerrcode.DeadlockDetected)
 }
 
+// isExhausted reports whether err says that the server has run out of something, such as
+// disk or memory: class 53. Connections are not meant, which [dbpool.IsAway] knows, nor
+// 53400, the limit on a session's own temporary files.
+func isExhausted(err error) bool {
+	e, ok := errors.AsType[*pgconn.PgError](err)
+	return ok && strings.HasPrefix(e.Code, pgerrcode.InsufficientResources[:2]) && e.Code != pgerrcode.ConfigurationLimitExceeded
+}
+
 // isRefusal reports whether err is Postgres' answer to a statement, and not one
 // that comes of an outage.
 func isRefusal(err error) bool {
