@@ -123,7 +123,7 @@ func run(t *testing.T, databaseURL, program string, args ...string) string {
 	return out.String()
 }
 
-const install = "`make test` installs what is missing"
+const install = "./scripts/test.sh installs what is missing"
 
 // find finds a program on PATH. Without it the test fails: an example that
 // nobody runs is worth nothing.

@@ -84,15 +84,14 @@ func parseBlueprint(data string) (blueprint, error) {
 	return b, dec.Decode(&b)
 }
 
-// checkBlueprint returns all that is wrong.
-func checkBlueprint(t testing.TB, data string) (faults []string) {
+// checkBlueprint returns all that is wrong with the render.yaml of a program's repository.
+func checkBlueprint(t testing.TB, p program, data string) (faults []string) {
 	t.Helper()
 	fault := func(format string, args ...any) { faults = append(faults, fmt.Sprintf(format, args...)) }
 	b, err := parseBlueprint(data)
 	if err != nil {
 		return []string{err.Error()}
 	}
-	worker := theWorker(t)
 	names, regions := make(map[string]string), make(map[string]bool)
 	name := func(kind, name string) {
 		if name == "" || names[name] != "" {
@@ -125,7 +124,7 @@ func checkBlueprint(t testing.TB, data string) (faults []string) {
 		switch s.Type {
 		case "worker":
 			workers++
-			for _, f := range checkWorker(t, worker, s, names) {
+			for _, f := range checkWorker(t, p, s, names) {
 				fault("%s: %s", s.Name, f)
 			}
 		case "keyvalue":
@@ -148,7 +147,7 @@ func checkBlueprint(t testing.TB, data string) (faults []string) {
 	return faults
 }
 
-func checkWorker(t testing.TB, worker program, s service, kinds map[string]string) (faults []string) {
+func checkWorker(t testing.TB, p program, s service, kinds map[string]string) (faults []string) {
 	t.Helper()
 	fault := func(format string, args ...any) { faults = append(faults, fmt.Sprintf(format, args...)) }
 	if s.Plan == "" || s.Plan == "free" {
@@ -160,17 +159,17 @@ func checkWorker(t testing.TB, worker program, s service, kinds map[string]strin
 	if s.Runtime != "docker" {
 		fault("the runtime is %q; Go's can't be pinned to a version", s.Runtime)
 	}
-	if _, err := os.Stat(filepath.Join(root, s.DockerfilePath)); s.DockerfilePath == "" || err != nil {
+	if _, err := os.Stat(filepath.Join(root, p.dir, s.DockerfilePath)); s.DockerfilePath == "" || err != nil {
 		fault("dockerfilePath %q: %v", s.DockerfilePath, err)
 	}
-	if s.PreDeployCommand != "worker migrate" {
-		fault("preDeployCommand is %q; without worker migrate, a new version finds an old database", s.PreDeployCommand)
+	if migrate := p.program + " migrate"; s.PreDeployCommand != migrate {
+		fault("preDeployCommand is %q; without %s, a new version finds an old database", s.PreDeployCommand, migrate)
 	}
 	for _, command := range []string{s.PreDeployCommand, s.DockerCommand} {
 		if command == "" {
 			continue
 		}
-		if f := checkCommand(worker, strings.Fields(command)); f != "" {
+		if f := checkCommand(p, strings.Fields(command)); f != "" {
 			fault("%s", f)
 		}
 	}
@@ -186,12 +185,12 @@ func checkWorker(t testing.TB, worker program, s service, kinds map[string]strin
 			values[v.Key] = v.Value.Value
 		}
 	}
-	for _, f := range checkSettings(worker.commands["run"], keys, "DATABASE_URL", "REDIS_URL") {
+	for _, f := range checkSettings(p.commands["run"], keys, "DATABASE_URL", "REDIS_URL") {
 		fault("%s", f)
 	}
 
 	delay := time.Duration(s.MaxShutdownDelaySeconds) * time.Second
-	if needs := stopsWithin(t, worker.commands["run"], values["WORKER_SHUTDOWN_TIMEOUT"]); delay <= needs || s.MaxShutdownDelaySeconds > 300 {
+	if needs := stopsWithin(t, p.commands["run"], values["WORKER_SHUTDOWN_TIMEOUT"]); delay <= needs || s.MaxShutdownDelaySeconds > 300 {
 		fault("maxShutdownDelaySeconds is %d, but must be above %s and at most 300", s.MaxShutdownDelaySeconds, needs)
 	}
 	// A deploy runs the old and the new instances side by side; databases below
@@ -205,7 +204,7 @@ func checkWorker(t testing.TB, worker program, s service, kinds map[string]strin
 	for _, name := range []string{"DB_POOL_SIZE", "DB_MAX_OVERFLOW"} {
 		value, ok := values[name]
 		if !ok {
-			value = worker.commands["run"][name]
+			value = p.commands["run"][name]
 		}
 		n, err := strconv.Atoi(value)
 		if err != nil {
@@ -251,14 +250,20 @@ func checkEnvVar(v envVar, kinds map[string]string) (faults []string) {
 
 func TestBlueprint_HoldsTogether(t *testing.T) {
 	t.Parallel()
-	for _, f := range checkBlueprint(t, read(t, "render.yaml")) {
-		t.Error("render.yaml:", f)
-	}
+	each(t, func(t *testing.T, p program) {
+		for _, f := range checkBlueprint(t, p, p.read(t, "render.yaml")) {
+			t.Error("render.yaml:", f)
+		}
+	})
 }
 
 func TestBlueprint_IsAcceptedByTheWorker(t *testing.T) {
 	t.Parallel()
-	b, err := parseBlueprint(read(t, "render.yaml"))
+	each(t, blueprintIsAccepted)
+}
+
+func blueprintIsAccepted(t *testing.T, p program) {
+	b, err := parseBlueprint(p.read(t, "render.yaml"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -282,14 +287,15 @@ func TestBlueprint_IsAcceptedByTheWorker(t *testing.T) {
 			}
 			settings = append(settings, v.Key+"="+value)
 		}
-		acceptedByTheWorker(t, settings)
+		p.accepts(t, settings)
 	}
 }
 
 // Each is a fault that Render or a deploy would answer with an error, or, worse, not at all.
 func TestBlueprint_FaultsAreFound(t *testing.T) {
 	t.Parallel()
-	good := read(t, "render.yaml")
+	worker := theWorker(t)
+	good := worker.read(t, "render.yaml")
 	for _, tc := range []struct{ old, new, want string }{
 		{"plan: starter # the smallest; workers have no free plan", "plan: free", "workers have no free one"},
 		{"plan: starter # the smallest; workers have no free plan", "", "workers have no free one"},
@@ -336,7 +342,28 @@ func TestBlueprint_FaultsAreFound(t *testing.T) {
 			t.Errorf("render.yaml has %q %d times; change this test with it", tc.old, strings.Count(good, tc.old))
 			continue
 		}
-		faults := strings.Join(checkBlueprint(t, strings.Replace(good, tc.old, tc.new, 1)), "\n")
+		faults := strings.Join(checkBlueprint(t, worker, strings.Replace(good, tc.old, tc.new, 1)), "\n")
+		if !strings.Contains(faults, tc.want) {
+			t.Errorf("%q for %q: %q is not among the faults found:\n%s", tc.new, tc.old, tc.want, faults)
+		}
+	}
+}
+
+// The rules know the user's program and its settings.
+func TestBlueprint_FaultsOfAUsersAreFound(t *testing.T) {
+	t.Parallel()
+	shop := programOf(t, own)
+	good := shop.read(t, "render.yaml")
+	for _, tc := range []struct{ old, new, want string }{
+		{"preDeployCommand: shop migrate", "preDeployCommand: worker migrate", `"worker" is no program of the image`},
+		{"- key: SHOP_TAX_PERCENT", "- key: SHOP_TAX", "SHOP_TAX is no setting"},
+		{"dockerfilePath: ./Dockerfile", "dockerfilePath: ./examples/own/Dockerfile", "dockerfilePath"},
+	} {
+		if strings.Count(good, tc.old) != 1 {
+			t.Errorf("render.yaml has %q %d times; change this test with it", tc.old, strings.Count(good, tc.old))
+			continue
+		}
+		faults := strings.Join(checkBlueprint(t, shop, strings.Replace(good, tc.old, tc.new, 1)), "\n")
 		if !strings.Contains(faults, tc.want) {
 			t.Errorf("%q for %q: %q is not among the faults found:\n%s", tc.new, tc.old, tc.want, faults)
 		}
@@ -360,7 +387,10 @@ func TestBlueprint_FollowsRendersSchema(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	good := read(t, "render.yaml")
+	each(t, func(t *testing.T, p program) { followsSchema(t, schema, p.read(t, "render.yaml")) })
+}
+
+func followsSchema(t *testing.T, schema *jsonschema.Schema, good string) {
 	if err := schema.Validate(asJSON(t, good)); err != nil {
 		t.Errorf("render.yaml: %v", err)
 	}
@@ -380,7 +410,11 @@ func TestBlueprint_FollowsRendersSchema(t *testing.T) {
 // Where there is no schema, this looks up the values that it has lists of.
 func TestBlueprint_ValuesAreOnesOfRenders(t *testing.T) {
 	t.Parallel()
-	b, err := parseBlueprint(read(t, "render.yaml"))
+	each(t, valuesAreRenders)
+}
+
+func valuesAreRenders(t *testing.T, p program) {
+	b, err := parseBlueprint(p.read(t, "render.yaml"))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -211,7 +211,7 @@ func TestCompose_IsAcceptedByTheWorker(t *testing.T) {
 	for name, value := range c.Services["worker"].Environment {
 		settings = append(settings, name+"="+interpolated(value))
 	}
-	acceptedByTheWorker(t, settings)
+	theWorker(t).accepts(t, settings)
 }
 
 func TestCompose_FaultsAreFound(t *testing.T) {

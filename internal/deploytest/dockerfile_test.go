@@ -3,6 +3,7 @@ package deploytest
 import (
 	"encoding/json"
 	"fmt"
+	"os"
 	"os/exec"
 	"path"
 	"path/filepath"
@@ -45,8 +46,8 @@ func the(stage []instruction, name string) (args string) {
 	return args
 }
 
-// checkDockerfile returns all that is wrong.
-func checkDockerfile(t testing.TB, data string) (faults []string) {
+// checkDockerfile returns all that is wrong with the Dockerfile of a program's repository.
+func checkDockerfile(t testing.TB, p program, data string) (faults []string) {
 	t.Helper()
 	fault := func(format string, args ...any) { faults = append(faults, fmt.Sprintf(format, args...)) }
 	all := stages(data)
@@ -57,26 +58,31 @@ func checkDockerfile(t testing.TB, data string) (faults []string) {
 
 	// The module says which Go it needs at least.
 	from := regexp.MustCompile(`^golang:(\d+\.\d+)-alpine AS build$`).FindStringSubmatch(the(build, "FROM"))
-	goMod := regexp.MustCompile(`(?m)^go (\d+\.\d+)`).FindStringSubmatch(read(t, "go.mod"))
-	if from == nil || goMod == nil || from[1] != goMod[1] {
-		fault("FROM %s, but go.mod wants Go %s", the(build, "FROM"), goMod)
+	goMod := p.read(t, "go.mod")
+	needs := regexp.MustCompile(`(?m)^go (\d+\.\d+)`).FindStringSubmatch(goMod)
+	if from == nil || needs == nil || from[1] != needs[1] {
+		fault("FROM %s, but go.mod wants Go %s", the(build, "FROM"), needs)
 	}
-	// A change of the source must not download all modules again.
+	// A change of the source must not download all modules again. Where one of them is a
+	// folder outside the image, there is vendor instead.
 	var order []string
 	for _, i := range build {
 		order = append(order, i.name+" "+i.args)
 	}
 	modules, source := slices.Index(order, "RUN go mod download"), slices.Index(order, "COPY . .")
-	if modules < 0 || source < modules || slices.Index(order[:max(modules, 0)], "COPY go.mod go.sum ./") < 0 {
+	vendors := strings.Contains(goMod, "=> ..")
+	if vendors && (modules >= 0 || source < 0 || !strings.Contains(data, "go mod vendor")) {
+		fault("the modules are not in vendor: %q", order)
+	}
+	if !vendors && (modules < 0 || source < modules || slices.Index(order[:max(modules, 0)], "COPY go.mod go.sum ./") < 0) {
 		fault("the modules are not in a layer of their own: %q", order)
 	}
-	worker := theWorker(t)
 	command := the(build, "RUN")
-	if !strings.HasPrefix(command, "CGO_ENABLED=0 go build ") || !strings.Contains(command, " -o /out/ ./cmd/worker") {
+	if !strings.HasPrefix(command, "CGO_ENABLED=0 go build ") || !strings.Contains(command, " -o /out/ ./cmd/"+p.program) {
 		fault("it builds with %q", command)
 	}
-	if !setsVersion(worker, command, `\$\{VERSION:-\$\{RENDER_GIT_COMMIT:-\w+\}\}`) {
-		fault("the worker does not learn its version: %q", command)
+	if !setsVersion(p, command, `\$\{VERSION:-\$\{RENDER_GIT_COMMIT:-\w+\}\}`) {
+		fault("the program does not learn its version: %q", command)
 	}
 	for _, arg := range []string{"ARG VERSION", "ARG RENDER_GIT_COMMIT"} {
 		if !slices.Contains(order, arg) {
@@ -97,14 +103,14 @@ func checkDockerfile(t testing.TB, data string) (faults []string) {
 	}
 	var words []string
 	if err := json.Unmarshal([]byte(the(final, "CMD")), &words); err != nil {
-		fault("CMD %s: a shell would stand between the worker and its signals", the(final, "CMD"))
-	} else if f := checkCommand(worker, words); f != "" {
+		fault("CMD %s: a shell would stand between the program and its signals", the(final, "CMD"))
+	} else if f := checkCommand(p, words); f != "" {
 		fault("CMD: %s", f)
 	}
 	if the(final, "STOPSIGNAL") != "SIGTERM" {
 		fault("STOPSIGNAL is %q", the(final, "STOPSIGNAL"))
 	}
-	if !slices.Contains(final, instruction{"COPY", "--from=build /out/worker /usr/local/bin/"}) {
+	if !slices.Contains(final, instruction{"COPY", "--from=build /out/" + p.program + " /usr/local/bin/"}) {
 		fault("the program is not on the PATH")
 	}
 	for _, file := range []string{"ca-certificates", "tzdata"} {
@@ -117,9 +123,9 @@ func checkDockerfile(t testing.TB, data string) (faults []string) {
 
 // setsVersion reports whether a command that builds sets the variable of package cli that
 // holds the version. value is a regular expression.
-func setsVersion(worker program, command, value string) bool {
+func setsVersion(p program, command, value string) bool {
 	set := regexp.MustCompile(`-X github\.com/carpool-go/carpool/worker/cli\.(\w+)=` + value).FindStringSubmatch(command)
-	return set != nil && slices.Contains(worker.variables, set[1])
+	return set != nil && slices.Contains(p.variables, set[1])
 }
 
 func TestMakefile_BuildsTheWorkerWithItsVersion(t *testing.T) {
@@ -132,14 +138,17 @@ func TestMakefile_BuildsTheWorkerWithItsVersion(t *testing.T) {
 
 func TestDockerfile_HoldsTogether(t *testing.T) {
 	t.Parallel()
-	for _, f := range checkDockerfile(t, read(t, "Dockerfile")) {
-		t.Error("Dockerfile:", f)
-	}
+	each(t, func(t *testing.T, p program) {
+		for _, f := range checkDockerfile(t, p, p.read(t, "Dockerfile")) {
+			t.Error("Dockerfile:", f)
+		}
+	})
 }
 
 func TestDockerfile_FaultsAreFound(t *testing.T) {
 	t.Parallel()
-	good := read(t, "Dockerfile")
+	worker := theWorker(t)
+	good := worker.read(t, "Dockerfile")
 	for _, tc := range []struct{ old, new, want string }{
 		{"USER 10001", "", "it runs as root"},
 		{"USER 10001", "USER root", "it runs as root"},
@@ -161,7 +170,7 @@ func TestDockerfile_FaultsAreFound(t *testing.T) {
 			t.Errorf("the Dockerfile has %q %d times; change this test with it", tc.old, strings.Count(good, tc.old))
 			continue
 		}
-		faults := strings.Join(checkDockerfile(t, strings.Replace(good, tc.old, tc.new, 1)), "\n")
+		faults := strings.Join(checkDockerfile(t, worker, strings.Replace(good, tc.old, tc.new, 1)), "\n")
 		if !strings.Contains(faults, tc.want) {
 			t.Errorf("%q for %q: %q is not among the faults found:\n%s", tc.new, tc.old, tc.want, faults)
 		}
@@ -171,8 +180,12 @@ func TestDockerfile_FaultsAreFound(t *testing.T) {
 // What the image is built from must not be among what .dockerignore leaves out.
 func TestDockerignore_LeavesOutNothingThatIsBuilt(t *testing.T) {
 	t.Parallel()
+	each(t, leavesOutNothingThatIsBuilt)
+}
+
+func leavesOutNothingThatIsBuilt(t *testing.T, p program) {
 	var ignored []string
-	for line := range strings.Lines(read(t, ".dockerignore")) {
+	for line := range strings.Lines(p.read(t, ".dockerignore")) {
 		if line = strings.TrimSpace(line); line != "" && !strings.HasPrefix(line, "#") {
 			ignored = append(ignored, line)
 		}
@@ -182,35 +195,46 @@ func TestDockerignore_LeavesOutNothingThatIsBuilt(t *testing.T) {
 			t.Errorf("%s gets into the image's build", secret)
 		}
 	}
-	if isIgnored(t, ignored, "worker/run.go") || !isIgnored(t, ignored, "worker/run_test.go") || !isIgnored(t, ignored, "dev/data/x.csv") {
+	if isIgnored(t, ignored, "worker/run.go") || !isIgnored(t, ignored, "worker/run_test.go") || !isIgnored(t, ignored, "render.yaml") ||
+		p.dir == "." && !isIgnored(t, ignored, "dev/data/x.csv") {
 		t.Error("isIgnored itself is wrong")
 	}
 
-	abs, err := filepath.Abs(root)
+	dir, err := filepath.Abs(filepath.Join(root, p.dir))
 	if err != nil {
 		t.Fatal(err)
 	}
 	list := exec.Command("go", "list", "-deps", "-f",
 		`{{if not .Standard}}{{$dir := .Dir}}{{range .GoFiles}}{{$dir}}/{{.}}{{"\n"}}{{end}}{{range .EmbedFiles}}{{$dir}}/{{.}}{{"\n"}}{{end}}{{end}}`,
-		"./cmd/worker")
-	list.Dir = root
-	list.Env = append(list.Environ(), "CGO_ENABLED=0", "GOOS=linux")
+		"./cmd/"+p.program)
+	list.Dir = dir
+	list.Env = append(list.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOWORK=off")
 	out, err := list.Output()
 	if err != nil {
 		t.Fatal(err)
 	}
 	files := []string{"go.mod", "go.sum"}
 	for file := range strings.Lines(string(out)) {
-		if rel, err := filepath.Rel(abs, strings.TrimSpace(file)); err == nil && filepath.IsLocal(rel) {
+		if rel, err := filepath.Rel(dir, strings.TrimSpace(file)); err == nil && filepath.IsLocal(rel) {
 			files = append(files, filepath.ToSlash(rel))
 		}
 	}
-	if !slices.Contains(files, "cmd/worker/main.go") || !slices.Contains(files, "monitor/monitor.go") {
+	if !slices.Contains(files, "cmd/"+p.program+"/main.go") || p.dir == "." && !slices.Contains(files, "monitor/monitor.go") {
 		t.Fatalf("go list does not name what the program is made of: %q", files)
+	}
+	for _, stage := range stages(p.read(t, "Dockerfile")) {
+		for _, i := range stage {
+			if words := strings.Fields(i.args); i.name == "COPY" && !strings.HasPrefix(i.args, "--from=") {
+				files = append(files, words[:len(words)-1]...)
+			}
+		}
 	}
 	for _, file := range files {
 		if isIgnored(t, ignored, file) {
 			t.Errorf("%s is left out, but built", file)
+		}
+		if _, err := os.Stat(filepath.Join(dir, file)); err != nil {
+			t.Error(err)
 		}
 	}
 }

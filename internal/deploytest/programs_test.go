@@ -10,7 +10,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"reflect"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -32,11 +31,36 @@ func read(t testing.TB, name string) string {
 	return string(data)
 }
 
-// program is what the source of the worker says of its command line.
+// repository is one whose program is deployed.
+type repository struct {
+	dir     string   // from the root of carpool's
+	program string   // the name of its program, which is that of its folder in cmd
+	groups  []string // the folders of the packages whose struct Tasks is a group of the program
+}
+
+// carpool is this repository, and own the example of a user's.
+var (
+	carpool = repository{dir: ".", program: "worker", groups: []string{"tasks/builtin"}}
+	own     = repository{dir: "examples/own", program: "shop", groups: []string{"tasks/builtin", "examples/own"}}
+)
+
+// each runs a test for each repository.
+func each(t *testing.T, test func(*testing.T, program)) {
+	t.Helper()
+	for _, r := range []repository{carpool, own} {
+		t.Run(r.dir, func(t *testing.T) {
+			t.Parallel()
+			test(t, programOf(t, r))
+		})
+	}
+}
+
+// program is what the source of a program says of its command line.
 type program struct {
+	repository
 	// commands are the settings of each command, by its name.
 	commands map[string]settings
-	// variables are the package's string variables without a value, which a
+	// variables are the string variables of worker/cli without a value, which a
 	// build may set.
 	variables []string
 }
@@ -44,12 +68,18 @@ type program struct {
 // settings are the variables that a command knows, with their defaults.
 type settings map[string]string
 
-// theWorker reads the source of the worker: its commands, and the settings of the
-// ready-made tasks, which are those of kong.Plugins.
+// theWorker is the program of this repository.
 func theWorker(t testing.TB) program {
 	t.Helper()
-	p := program{commands: make(map[string]settings)}
-	cli, builtin := parse(t, "worker/cli"), parse(t, "tasks/builtin")
+	return programOf(t, carpool)
+}
+
+// programOf reads the source of a program: its commands, and the settings of its groups
+// of tasks, which are those of kong.Plugins.
+func programOf(t testing.TB, r repository) program {
+	t.Helper()
+	p := program{repository: r, commands: make(map[string]settings)}
+	cli := parse(t, "worker/cli")
 	commands := cli.structs["commands"]
 	if commands == nil {
 		t.Fatal("worker/cli has no struct commands any more: where are its commands?")
@@ -59,7 +89,11 @@ func theWorker(t testing.TB) program {
 			continue
 		}
 		known := make(settings)
-		cli.addSettings(known, field.Type, func() { builtin.addSettings(known, ast.NewIdent("Tasks"), nil) })
+		cli.addSettings(known, field.Type, func() {
+			for _, group := range r.groups {
+				parse(t, group).addSettings(known, ast.NewIdent("Tasks"), nil)
+			}
+		})
 		p.commands[strings.ToLower(field.Names[0].Name)] = known
 	}
 	for command, setting := range map[string]string{"run": "IMPORT_DIR", "migrate": "DATABASE_URL", "monitor": "MONITOR_ADDR"} {
@@ -69,6 +103,12 @@ func theWorker(t testing.TB) program {
 	}
 	p.variables = cli.variables
 	return p
+}
+
+// read returns a file of the program's repository.
+func (p program) read(t testing.TB, name string) string {
+	t.Helper()
+	return read(t, filepath.Join(p.dir, name))
 }
 
 // source is one package's: its structs by name, and its variables as [program] has them.
@@ -156,7 +196,7 @@ func checkCommand(p program, words []string) (fault string) {
 	switch {
 	case len(words) == 0:
 		return "there is no command"
-	case words[0] != "worker":
+	case words[0] != p.program:
 		return fmt.Sprintf("%q is no program of the image", words[0])
 	case len(words) == 2 && p.commands[words[1]] != nil:
 		return ""
@@ -197,21 +237,8 @@ func stopsWithin(t testing.TB, known settings, timeout string) time.Duration {
 	return worker.Config{ShutdownTimeout: d}.StopsWithin()
 }
 
-// buildDir is where buildWorker builds; TestMain removes it.
+// buildDir is where programs are built; TestMain removes it.
 var buildDir string
-
-var buildWorker = sync.OnceValues(func() (path string, err error) {
-	path = filepath.Join(buildDir, "worker")
-	if runtime.GOOS == "windows" {
-		path += ".exe"
-	}
-	cmd := exec.Command("go", "build", "-o", path, "./cmd/worker")
-	cmd.Dir = root
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build the worker: %w\n%s", err, out)
-	}
-	return path, nil
-})
 
 func TestMain(m *testing.M) {
 	var err error
@@ -224,16 +251,88 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// acceptedByTheWorker has the worker itself check settings, as NAME=value.
-func acceptedByTheWorker(t *testing.T, settings []string) {
+// builtVersion is the version of the programs that are built here.
+const builtVersion = "v1.2.3"
+
+var builds = map[string]func() (string, error){
+	carpool.program: sync.OnceValues(func() (string, error) { return carpool.build(filepath.Join(root, carpool.dir)) }),
+	own.program: sync.OnceValues(func() (string, error) {
+		dir, err := own.vendored()
+		if err != nil {
+			return "", err
+		}
+		return own.build(dir)
+	}),
+}
+
+// build runs the command with which the Dockerfile builds the program, in dir.
+func (r repository) build(dir string) (path string, err error) {
+	dockerfile, err := os.ReadFile(filepath.Join(dir, "Dockerfile"))
+	if err != nil {
+		return "", err
+	}
+	command := the(stages(string(dockerfile))[0], "RUN")
+	out := filepath.Join(buildDir, r.program)
+	_, err = run(dir, []string{"VERSION=" + builtVersion}, "sh", "-euc", strings.ReplaceAll(command, " /out/ ", " '"+out+"/' "))
+	return filepath.Join(out, r.program), err
+}
+
+// vendored makes a copy of a user's repository as the image's build sees it: with vendor,
+// and without a clone of carpool that go.mod's replace would lead to.
+func (r repository) vendored() (dir string, err error) {
+	clone, err := filepath.Abs(root)
+	if err != nil {
+		return "", err
+	}
+	dir, link := filepath.Join(buildDir, r.program+"-repository"), filepath.Join(buildDir, "carpool")
+	if err := os.CopyFS(dir, os.DirFS(filepath.Join(root, r.dir))); err != nil {
+		return "", err
+	}
+	if err := os.Symlink(clone, link); err != nil {
+		return "", err
+	}
+	defer os.Remove(link)
+	if _, err := run(dir, nil, "go", "mod", "edit", "-replace", "github.com/carpool-go/carpool="+link); err != nil {
+		return "", err
+	}
+	_, err = run(dir, nil, "go", "mod", "vendor")
+	return dir, err
+}
+
+// run runs a command in dir and returns what it printed.
+func run(dir string, env []string, command string, args ...string) (printed string, err error) {
+	cmd := exec.Command(command, args...)
+	cmd.Dir, cmd.Env = dir, append(append(os.Environ(), "GOWORK=off"), env...)
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		err = fmt.Errorf("%s %s: %w\n%s", command, strings.Join(args, " "), err, out)
+	}
+	return string(out), err
+}
+
+func TestDockerfile_BuildsTheProgramWithItsVersion(t *testing.T) {
+	t.Parallel()
+	each(t, func(t *testing.T, p program) {
+		path, err := builds[p.program]()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if out, err := run(".", nil, path, "version"); err != nil || !strings.Contains(out, builtVersion) {
+			t.Errorf("%s version prints %q, error %v", p.program, out, err)
+		}
+	})
+}
+
+// accepts has the program itself check settings, as NAME=value.
+func (p program) accepts(t *testing.T, settings []string) {
 	t.Helper()
-	path, err := buildWorker()
+	path, err := builds[p.program]()
 	if err != nil {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(path, "config")
 	cmd.Env = settings
 	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Errorf("the worker does not accept %q: %v\n%s", settings, err, out)
+		t.Errorf("%s does not accept %q: %v\n%s", p.program, settings, err, out)
 	}
 }

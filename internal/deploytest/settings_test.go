@@ -42,7 +42,7 @@ func TestEnvExample_HasEverySettingWithItsDefault(t *testing.T) {
 			t.Errorf("%s is missing", name)
 		}
 	}
-	acceptedByTheWorker(t, set)
+	theWorker(t).accepts(t, set)
 }
 
 func TestReadme_HasEverySettingWithItsDefault(t *testing.T) {
