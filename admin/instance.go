@@ -47,6 +47,9 @@ type Instance struct {
 	Pool InstancePool `json:"pool"`
 	// DatabaseAway is true while its jobs wait for the database to come back.
 	DatabaseAway bool `json:"database_away"`
+	// Blocked is why its transactional jobs can't begin although the database answers, such
+	// as a missing privilege; "" if nothing is known of it.
+	Blocked string `json:"blocked,omitempty"`
 }
 
 // Weights returns Queues as "critical=6,default=3", the heaviest first.

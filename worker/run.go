@@ -100,10 +100,10 @@ func Run(ctx context.Context, c Config) error {
 		Queues: c.Queues, OwnQueue: queue, Kinds: set.Kinds(), Concurrency: c.Concurrency, Fetchers: c.Fetchers,
 	}
 	members = fleet.New(fleet.Config{
-		Redis: rdb, Self: self, Running: jobs.Executor.Running, Pool: db.Stats, DatabaseAway: jobs.Breaker.IsOpen, Log: log,
+		Redis: rdb, Self: self, Running: jobs.Executor.Running, Pool: db.Stats, DatabaseAway: jobs.Breaker.IsOpen, Blocked: jobs.Breaker.Blocked, Log: log,
 	})
 	outboxRelay, err := relay.New(relay.Config{
-		DB: c.Pool, Tasks: set, Client: tasks.NewClient(rdb), Log: log, FleetKinds: admin.New(rdb, nil).KnownKinds,
+		DB: c.Pool, Tasks: set, Redis: rdb, Log: log, FleetKinds: admin.New(rdb, nil).KnownKinds,
 	})
 	if err != nil {
 		return err

@@ -48,6 +48,14 @@ func Completed(queue string) string { return key(queue, "completed") }
 // Paused is the key that is there while a queue is paused: no job of it is fetched.
 func Paused(queue string) string { return key(queue, "paused") }
 
+// Jobs are the keys of the lists and sorted sets that have a queue's jobs.
+func Jobs(queue string) []string {
+	return []string{
+		Pending(queue), Active(queue),
+		Scheduled(queue), Retry(queue), Archived(queue), Completed(queue),
+	}
+}
+
 // Task is the key of a job's hash: its message in "msg", its "state", its "result".
 func Task(queue, id string) string { return key(queue, "t:"+id) }
 
@@ -67,11 +75,7 @@ const (
 // queueKeys are the names of all keys of a queue but those of its jobs, the lists of jobs
 // first, then the sorted sets of jobs.
 func queueKeys(queue string, now time.Time) []string {
-	keys := []string{
-		Pending(queue), Active(queue),
-		Scheduled(queue), Retry(queue), Archived(queue), Completed(queue),
-		Leases(queue), Paused(queue), key(queue, "processed"), key(queue, "failed"),
-	}
+	keys := append(Jobs(queue), Leases(queue), Paused(queue), key(queue, "processed"), key(queue, "failed"))
 	for day := range statsDays {
 		date := now.UTC().AddDate(0, 0, 1-day).Format(time.DateOnly)
 		keys = append(keys, key(queue, "processed:"+date), key(queue, "failed:"+date))

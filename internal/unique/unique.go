@@ -133,6 +133,28 @@ func (l *Locks) hasEnded(h Holder) (bool, error) {
 	return info.State == asynq.TaskStateCompleted || info.State == asynq.TaskStateArchived, nil
 }
 
+// KEYS[1] the unique key
+// ARGV[1] the holder
+// ARGV[2] what the values of this job's begin with
+// ARGV[3] how long Redis keeps it, in milliseconds
+var hold = redis.NewScript(`
+local seen = redis.call("GET", KEYS[1])
+if seen and string.sub(seen, 1, #ARGV[2]) ~= ARGV[2] then return 0 end
+redis.call("SET", KEYS[1], ARGV[1], "PX", ARGV[3])
+return 1`)
+
+// Hold keeps the key that a job with these headers holds while it runs, if it holds one,
+// also from those who find its holder nowhere because Redis has lost its data. Another
+// holder's stays. The error is Redis'.
+func (l *Locks) Hold(ctx context.Context, queue, id string, headers map[string]string) error {
+	key := headers[asynqwire.UniqueHeader]
+	if key == "" {
+		return nil
+	}
+	holder := Holder{id, queue, time.Now()}
+	return hold.Run(ctx, l.rdb, []string{key}, holder.String(), id+" ", ttl.Milliseconds()).Err()
+}
+
 // Retake takes the key again that a job with these headers held, if it held one, when the
 // job is put back after it had ended. The error is a [HeldError] if another job holds it
 // by now, or Redis'.

@@ -139,6 +139,11 @@ func printStatus(out *bytes.Buffer, s *admin.Status, paint painter) {
 			i.Pool.CheckedIn, i.Pool.CheckedOut, i.Pool.Overflow, i.Pool.Waiting, database, printable(i.Weights()))
 	}
 	_ = w.Flush() // a buffer takes everything
+	for _, i := range s.Instances {
+		if i.Blocked != "" {
+			fmt.Fprintln(out, paint(red, fmt.Sprintf("! %s: transactional jobs can't begin: %s", printable(i.Name), printable(i.Blocked))))
+		}
+	}
 	for _, m := range s.Missing {
 		fmt.Fprintln(out, paint(red, fmt.Sprintf("! %s gives no sign of life since %sZ, %s ago",
 			printable(m.Name), m.Seen.UTC().Format(time.DateTime), age(s.At.Sub(m.Seen)))))

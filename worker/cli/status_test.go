@@ -83,7 +83,13 @@ func startInstance(t *testing.T, rdb redis.UniversalClient, name string, started
 			return dbpool.Stats{PoolSize: 5, CheckedIn: 1, CheckedOut: 6, Overflow: 2, Invalid: 3, Waiting: 4}
 		},
 		DatabaseAway: func() bool { return databaseAway },
-		Log:          workertest.Discard(),
+		Blocked: func() string {
+			if databaseAway {
+				return "permission denied"
+			}
+			return ""
+		},
+		Log: workertest.Discard(),
 	})
 	t.Cleanup(f.Stop)
 	if err := f.Start(); err != nil {
@@ -171,6 +177,7 @@ func TestStatus_ShowsTheFleetTheQueuesAndTheOutbox(t *testing.T) {
 		"INSTANCE VERSION UP SINCE HANDS POOL IN OUT OVERFLOW WAITING DATABASE QUEUES",
 		"a-00000001 1.2.3 2027-01-15 08:00:00Z 7/10 1 6 2 4 there critical=6,default=3",
 		"b-00000002 1.2.3 2027-01-15 09:00:00Z 7/10 1 6 2 4 AWAY critical=6,default=3",
+		"! b-00000002: transactional jobs can't begin: permission denied",
 		"! dead-00000003 gives no sign of life since " + now.At.Add(-40*time.Second).Format(time.DateTime) + "Z, 40s ago",
 		"",
 		"QUEUE PENDING ACTIVE SCHEDULED RETRY ARCHIVED LATENCY",

@@ -49,8 +49,12 @@ type Executor struct {
 	background sync.WaitGroup
 }
 
-// Start does nothing: asynq's servers call the executor.
-func (x *Executor) Start() error { return nil }
+// Start begins to hold the unique keys of the jobs that run. The jobs come from asynq's
+// servers, which call the executor.
+func (x *Executor) Start() error {
+	x.background.Go(func() { x.holdUniqueKeys(x.ending) })
+	return nil
+}
 
 // Stop ends the contexts of jobs that still run, and waits for what the end of jobs began.
 func (x *Executor) Stop() {
@@ -91,6 +95,7 @@ func (x *Executor) ProcessTask(asynqCtx context.Context, t *asynq.Task) error {
 		return postponed(fmt.Errorf("an earlier run of this job has not ended: %w", err))
 	}
 	defer x.runs.end(run)
+	run.unique.begin(job.Queue, job.ID, t.Headers())
 
 	ctx, release := x.withDeadline(asynqCtx, started)
 	defer release()
@@ -113,10 +118,12 @@ func (x *Executor) ProcessTask(asynqCtx context.Context, t *asynq.Task) error {
 			job.Log.Warn("the job is done, but its result could not be written", "error", err)
 		}
 	}
+	var giveUpKey func() error
 	if outcome == outcomeDone || outcome == outcomeArchived || outcome == outcomeCancelled {
-		if err := x.locks.Release(context.WithoutCancel(asynqCtx), job.ID, t.Headers()); err != nil {
-			job.Log.Warn("the job has ended, but its unique key could not be given up", "error", err)
-		}
+		giveUpKey = func() error { return x.locks.Release(context.WithoutCancel(asynqCtx), job.ID, t.Headers()) }
+	}
+	if err := run.unique.end(giveUpKey); err != nil {
+		job.Log.Warn("the job has ended, but its unique key could not be given up", "error", err)
 	}
 	x.record(job, outcome, time.Since(started), usage, err)
 	switch outcome {

@@ -17,6 +17,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/dbpool"
+	"github.com/carpool-go/carpool/internal/unique"
 	"github.com/carpool-go/carpool/tasks"
 	"github.com/carpool-go/carpool/worker/internal/workertest"
 )
@@ -44,6 +45,7 @@ type execution struct {
 	log     *workertest.Log
 	db      *dbpool.Pool
 	breaker *Breaker
+	locks   *unique.Locks
 	stop    func() // stops it before the test's end
 }
 
@@ -99,7 +101,7 @@ func (b *bundle) executeWith(t *testing.T, c executionConfig, register func(*tas
 		Queues: c.queues, OwnQueue: "instance-of-" + t.Name(), Concurrency: c.slots, Fetchers: min(2, c.slots),
 		ShutdownTimeout: time.Second, BaseContext: context.Background(), Log: log,
 	})
-	x.breaker = d.Breaker
+	x.breaker, x.locks = d.Breaker, d.Executor.locks
 	// A client that enqueues where the test does, also while the executor can't.
 	d.Executor.client, d.Executor.inspector = b.Client, b.Inspector
 	if c.hook != nil {
@@ -109,7 +111,10 @@ func (b *bundle) executeWith(t *testing.T, c executionConfig, register func(*tas
 	if err := d.Servers.Start(); err != nil {
 		t.Fatal(err)
 	}
-	x.stop = sync.OnceFunc(func() { d.Servers.Stop(); d.Executor.background.Wait() })
+	if err := d.Executor.Start(); err != nil {
+		t.Fatal(err)
+	}
+	x.stop = sync.OnceFunc(func() { d.Servers.Stop(); d.Executor.Stop() })
 	t.Cleanup(x.stop)
 	return x
 }

@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"context"
 	"log/slog"
+	"maps"
 	"runtime/pprof"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -24,6 +26,8 @@ type jobRun struct {
 	// Once it has ended: it has succeeded, and with which result.
 	done   bool
 	result []byte
+
+	unique uniqueKey
 }
 
 // begin enters a run, once an earlier one of the same job has ended.
@@ -70,6 +74,13 @@ func (r *runs) giveUp(id string, why error) *jobRun {
 	default:
 	}
 	return run
+}
+
+// list returns the runs of this moment.
+func (r *runs) list() []*jobRun {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Collect(maps.Values(r.m))
 }
 
 func (r *runs) len() int {

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -47,10 +48,11 @@ type Config struct {
 	// Self is the part of this instance's snapshot that doesn't change. Its Name and
 	// OwnQueue belong together; see internal/instance.
 	Self admin.Instance
-	// Running, Pool and DatabaseAway are called for the rest of each snapshot.
+	// Running, Pool, DatabaseAway and Blocked are called for the rest of each snapshot.
 	Running      func() int
 	Pool         func() dbpool.Stats
 	DatabaseAway func() bool
+	Blocked      func() string
 	Log          *slog.Logger
 }
 
@@ -150,21 +152,48 @@ func (f *Fleet) write(ctx context.Context) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, redisTimeout)
 	defer cancel()
+	queues, err := f.queuesWithJobs(ctx)
+	if err != nil {
+		return err
+	}
 	_, err = f.cfg.Redis.Pipelined(ctx, func(p redis.Pipeliner) error {
 		p.ZAdd(ctx, instance.Names, redis.Z{Score: float64(time.Now().Unix()), Member: f.cfg.Self.Name})
 		p.Set(ctx, instance.SnapshotKey(f.cfg.Self.Name), data, snapshotTTL)
-		// asynq lists a queue when it first enqueues to it, once in a process. If
-		// others took this instance for dead, nobody else lists it again.
-		p.SAdd(ctx, asynqwire.Queues, f.cfg.Self.OwnQueue)
+		// asynq lists a queue when it first enqueues to it, once in a process. If others
+		// took this instance for dead, somebody removed a queue, or Redis has lost its data,
+		// nobody else lists it again.
+		p.SAdd(ctx, asynqwire.Queues, append(queues, f.cfg.Self.OwnQueue)...)
 		return nil
 	})
 	return err
 }
 
+// queuesWithJobs returns those of the queues that this instance shares with others that
+// have jobs in any state.
+func (f *Fleet) queuesWithJobs(ctx context.Context) (names []any, err error) {
+	queues := slices.Sorted(maps.Keys(f.cfg.Self.Queues))
+	have := make([]*redis.IntCmd, len(queues))
+	_, err = f.cfg.Redis.Pipelined(ctx, func(p redis.Pipeliner) error {
+		for i, queue := range queues {
+			have[i] = p.Exists(ctx, asynqwire.Jobs(queue)...)
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	for i, queue := range queues {
+		if have[i].Val() > 0 {
+			names = append(names, queue)
+		}
+	}
+	return names, nil
+}
+
 func (f *Fleet) snapshot() admin.Instance {
 	now := f.cfg.Self
 	now.Seen = time.Now()
-	now.Running, now.DatabaseAway = f.cfg.Running(), f.cfg.DatabaseAway()
+	now.Running, now.DatabaseAway, now.Blocked = f.cfg.Running(), f.cfg.DatabaseAway(), f.cfg.Blocked()
 	s := f.cfg.Pool()
 	now.Pool = admin.InstancePool{
 		PoolSize: s.PoolSize, CheckedIn: s.CheckedIn, CheckedOut: s.CheckedOut,

@@ -40,6 +40,7 @@ func newFleet(rdb redis.UniversalClient, name string, log slog.Handler) *Fleet {
 			return dbpool.Stats{PoolSize: 5, CheckedIn: 1, CheckedOut: 6, Overflow: 2, Invalid: 3, Waiting: 4}
 		},
 		DatabaseAway: func() bool { return false },
+		Blocked:      func() string { return "" },
 		Log:          slog.New(log),
 	})
 }
@@ -239,6 +240,34 @@ func TestFleet_LeavesQueuesAloneThatAreNotOfADeadInstance(t *testing.T) {
 		if info, err := b.Inspector.GetQueueInfo(queue); err != nil || info.Scheduled != 1 {
 			t.Errorf("%s: %+v, error %v", queue, info, err)
 		}
+	}
+}
+
+// As after a FLUSHALL, or asynq's own command that removes a queue.
+func TestFleet_AQueueWithJobsIsListedAgain(t *testing.T) {
+	t.Parallel()
+	rdb := workertest.OpenRedis(t, testservers.Redis(t))
+	client := tasks.NewClient(rdb)
+	f := startFleet(t, newFleet(rdb, "a-00000001", slog.DiscardHandler))
+	enqueue := func() {
+		if _, err := client.Enqueue(t.Context(), maintenance.PoolValidate{}, &tasks.EnqueueOptions{Queue: "critical"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	enqueue()
+	if err := rdb.FlushDB(t.Context()).Err(); err != nil {
+		t.Fatal(err)
+	}
+	enqueue() // this client has listed the queue, and doesn't do it twice
+	if isListed(t, rdb, "critical") {
+		t.Fatal("asynq lists it again by itself")
+	}
+	f.Heartbeat(t.Context())
+	if !isListed(t, rdb, "critical") || !isListed(t, rdb, f.cfg.Self.OwnQueue) {
+		t.Error("it is not listed again")
+	}
+	if isListed(t, rdb, "default") {
+		t.Error("a queue that has never had a job is listed")
 	}
 }
 

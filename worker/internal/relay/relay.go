@@ -15,6 +15,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/dbpool"
 	"github.com/carpool-go/carpool/internal/outbox"
@@ -55,9 +56,9 @@ type Config struct {
 	// Tasks has the kinds of the rows that the relay moves. Rows of other kinds wait
 	// for a worker that knows them, and are rejected after ten minutes.
 	Tasks *tasks.Set
-	// Client enqueues the jobs.
-	Client *tasks.Client
-	Log    *slog.Logger
+	// Redis has the queues.
+	Redis redis.UniversalClient
+	Log   *slog.Logger
 	// FleetKinds returns the kinds that all workers that are up know; ok is false if that
 	// can't be said. With nil, the relay logs no kind that nobody knows before it rejects
 	// the rows.
@@ -325,6 +326,9 @@ func (r *Relay) enqueueRows(ctx, work context.Context, tx pgx.Tx, b *batch) erro
 	var jobs sync.WaitGroup
 	defer jobs.Wait()
 	slots := make(chan struct{}, atOnce)
+	// A client lists each queue once, in Redis' set of queues. A Redis that lost its data has
+	// forgotten it, so each batch has a client of its own.
+	client := tasks.NewClient(r.cfg.Redis)
 	return outbox.Take(work, tx, r.kinds, batchSize, func(row outbox.Row) {
 		b.rows++
 		slots <- struct{}{}
@@ -337,7 +341,7 @@ func (r *Relay) enqueueRows(ctx, work context.Context, tx pgx.Tx, b *batch) erro
 		}
 		jobs.Go(func() {
 			defer func() { <-slots }()
-			err := r.enqueueRow(redisCtx, row)
+			err := r.enqueueRow(redisCtx, client, row)
 			b.mu.Lock()
 			defer b.mu.Unlock()
 			b.record(row, err, r.cfg.Log)
@@ -347,7 +351,7 @@ func (r *Relay) enqueueRows(ctx, work context.Context, tx pgx.Tx, b *batch) erro
 
 // enqueueRow enqueues a row's job. The error is a [tasks.DuplicateError], a
 // permanent one of the row's own, or one of Redis.
-func (r *Relay) enqueueRow(ctx context.Context, row outbox.Row) (err error) {
+func (r *Relay) enqueueRow(ctx context.Context, client *tasks.Client, row outbox.Row) (err error) {
 	defer func() { // a task's own code may encode its payload
 		if p := recover(); p != nil {
 			r.cfg.Log.Error("a task panicked over a row of the outbox", "job_id", row.ID, "kind", row.Kind, "stack", string(debug.Stack()))
@@ -371,7 +375,7 @@ func (r *Relay) enqueueRow(ctx context.Context, row outbox.Row) (err error) {
 			opts.MaxRetry = tasks.NoRetry
 		}
 	}
-	_, err = r.cfg.Client.Enqueue(ctx, payload, opts)
+	_, err = client.Enqueue(ctx, payload, opts)
 	return err
 }
 

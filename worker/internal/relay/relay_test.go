@@ -113,7 +113,7 @@ func (o *outboxBundle) startRelay(t testing.TB, change ...func(*Config)) *Relay 
 func (o *outboxBundle) newRelay(t testing.TB, change ...func(*Config)) *Relay {
 	t.Helper()
 	cfg := Config{
-		DB: dbpool.DefaultConfig(o.databaseURL), Tasks: notes(), Client: o.client,
+		DB: dbpool.DefaultConfig(o.databaseURL), Tasks: notes(), Redis: o.rdb,
 		Log: slog.New(slog.NewJSONHandler(o.log, nil)),
 	}
 	for _, f := range change {
@@ -365,7 +365,7 @@ func TestRelay_RowsWaitWhileRedisIsAwayAndThenGo(t *testing.T) {
 			t.Parallel()
 			o := setupOutbox(t)
 			proxy, url := proxied(t, o.redisURL)
-			o.relay(t, func(cfg *Config) { cfg.Client = tasks.NewClient(workertest.OpenRedis(t, url)) })
+			o.relay(t, func(cfg *Config) { cfg.Redis = workertest.OpenRedis(t, url) })
 			first := o.enqueue(t, 3)
 			o.requireMoved(t, first)
 
@@ -389,7 +389,7 @@ func TestRelay_DiesBetweenRedisAndPostgresAndNothingIsDoubled(t *testing.T) {
 	t.Parallel()
 	o := setupOutbox(t)
 	proxy, url := proxied(t, o.redisURL)
-	r := o.relay(t, func(cfg *Config) { cfg.Client = tasks.NewClient(workertest.OpenRedis(t, url)) })
+	r := o.relay(t, func(cfg *Config) { cfg.Redis = workertest.OpenRedis(t, url) })
 	proxy.Delay(300 * time.Millisecond)
 	ids := o.enqueue(t, atOnce)
 	// Redis has all the jobs, and the relay waits for the answers.
@@ -408,7 +408,7 @@ func TestRelay_StoppedAmidABatchFinishesIt(t *testing.T) {
 	t.Parallel()
 	o := setupOutbox(t)
 	proxy, url := proxied(t, o.redisURL)
-	r := o.relay(t, func(cfg *Config) { cfg.Client = tasks.NewClient(workertest.OpenRedis(t, url)) })
+	r := o.relay(t, func(cfg *Config) { cfg.Redis = workertest.OpenRedis(t, url) })
 	proxy.Delay(100 * time.Millisecond)
 	ids := o.enqueue(t, 4*atOnce)
 	o.until(t, "Redis has some of the jobs", func() bool { return len(o.moved(t, "notes")) > 0 })
@@ -461,13 +461,27 @@ func TestRelay_StartsWhileTheServersAreAway(t *testing.T) {
 	postgresProxy, databaseURL := proxied(t, o.databaseURL)
 	postgresProxy.Refuse()
 	o.startRelay(t, func(cfg *Config) {
-		cfg.DB.URL, cfg.Client = databaseURL, tasks.NewClient(workertest.OpenRedis(t, redisURL))
+		cfg.DB.URL, cfg.Redis = databaseURL, workertest.OpenRedis(t, redisURL)
 	})
 	o.log.Wait(t, postgresGone)
 	postgresProxy.Heal()
 	o.log.Wait(t, redisGone)
 	redisProxy.Heal()
 	o.requireMoved(t, ids)
+}
+
+func TestRelay_ListsItsQueuesAgainInARedisThatLostItsData(t *testing.T) {
+	t.Parallel()
+	o := setupOutbox(t)
+	o.relay(t)
+	o.requireMoved(t, o.enqueue(t, 1))
+	if err := o.rdb.FlushDB(t.Context()).Err(); err != nil {
+		t.Fatal(err)
+	}
+	o.requireMoved(t, o.enqueue(t, 1))
+	if queues := o.rdb.SMembers(t.Context(), "asynq:queues").Val(); !slices.Contains(queues, "notes") {
+		t.Errorf("the queues are %q", queues)
+	}
 }
 
 func TestRelay_StopMayBeCalledTwiceAndWithoutStart(t *testing.T) {
