@@ -13,9 +13,7 @@ dev: ## Bring up everything on this machine and show what carpool does
 	go run ./dev
 
 test: ## Install the servers that are missing, then vet and test everything on real ones
-	./scripts/install-test-servers.sh
-	go vet ./...
-	go test -race -count=1 ./...
+	./scripts/test.sh
 
 CHAOS := -chaos.mode=all -chaos.long -chaos.jobs=50000 -chaos.time=5m
 

@@ -31,7 +31,7 @@ func arrows() map[string]string {
 		"worker/internal/relay":    "tasks dbpool " + facts,
 		"worker/internal/fleet":    "admin dbpool " + facts,
 
-		"monitor":   "admin tasks",
+		"monitor":   "admin tasks " + facts,
 		"admin":     "tasks dbpool " + facts,
 		"scheduler": "tasks dbpool " + facts,
 

@@ -1,158 +1,119 @@
 // Dev is the program a newcomer runs: `go run ./dev` brings up Redis, Postgres, a worker and the monitor on this machine,
 // shows what jobs do on real data, and stays until Ctrl-C, when everything it started is gone, files included.
+//
+// All that is in dev/tour. This program is what `go run` compiles before anything can be said, so it imports little: it is
+// compiled in seconds, says that it compiles the rest, and becomes the tour.
 package main
 
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
-	"os/signal"
 	"path/filepath"
-	"strconv"
+	"runtime"
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/carpool-go/carpool/dev/internal/command"
 )
 
-const usage = `Usage: go run ./dev [-once] [-data DIR]
-
-Brings up Redis, Postgres, a worker and the monitor on this machine, runs a tour of jobs on real data, and stays until Ctrl-C.
-Everything it started is then gone, files included.
-
-`
-
-const environment = `
-DATABASE_URL and REDIS_URL, if set, are used in place of servers of its own. The tour makes the tables
-imports.seattle_weather and imports.seattle_weather_again there.
-`
-
 func main() {
-	ctx, stop := untilSignal()
+	ctx, stop := command.UntilSignal()
 	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
 	stop()
 	os.Exit(code)
 }
 
-// options are what the command line says.
-type options struct {
-	once bool   // end after the tour
-	data string // keep the data here; "" keeps nothing
-}
-
-// run is the whole program but for its process: it returns the exit code.
+// run is the whole program but for its process: it returns the exit code, unless it becomes the tour.
 func run(ctx context.Context, args []string, out, errOut io.Writer) int {
-	var opts options
-	flags := flag.NewFlagSet("dev", flag.ContinueOnError)
-	flags.SetOutput(errOut)
-	flags.BoolVar(&opts.once, "once", false, "run the tour and exit: 0 only if every job succeeded")
-	flags.StringVar(&opts.data, "data", "", "keep the data of Redis and Postgres in `DIR`")
-	flags.Usage = func() {
-		fmt.Fprint(errOut, usage)
-		flags.PrintDefaults()
-		fmt.Fprint(errOut, environment)
+	opts, code, ok := command.Parse(args, errOut)
+	if !ok {
+		return code
 	}
-	if err := flags.Parse(args); err != nil {
-		if errors.Is(err, flag.ErrHelp) {
-			return 0
+	folder, err := os.MkdirTemp("", "carpool-dev-programs-")
+	if err != nil {
+		return opts.ExitCode(err, errOut)
+	}
+	defer os.RemoveAll(folder)
+	if err := compile(ctx, folder, out, errOut); err != nil {
+		if ctx.Err() != nil {
+			err = command.ErrStopped
 		}
-		return 2
+		return opts.ExitCode(err, errOut)
 	}
-	if flags.NArg() > 0 {
-		fmt.Fprintf(errOut, "dev: %q is not understood; see: go run ./dev -help\n", flags.Arg(0))
-		return 2
+	code, err = become(filepath.Join(folder, program("tour")), args, append(os.Environ(), command.Programs+"="+folder))
+	if err != nil {
+		return opts.ExitCode(err, errOut)
 	}
-	err := show(ctx, opts, out)
-	switch {
-	case err == nil:
-		return 0
-	case err == errStopped && !opts.once:
-		return 0
-	default:
-		fmt.Fprintln(errOut, "dev:", err)
-		return 1
-	}
+	return code
 }
 
-// errStopped says that we were asked to stop before the tour was over. What that cut short is no fault.
-var errStopped = errors.New("stopped before the tour was over")
-
-// show brings everything up, gives the tour, and stays until the context ends, unless it is to run once.
-func show(ctx context.Context, opts options, out io.Writer) (err error) {
+// compile compiles the tour and the program that Render runs, together, as they share most of what they are made of.
+func compile(ctx context.Context, folder string, out, errOut io.Writer) error {
+	root, err := moduleRoot(ctx)
+	if err != nil {
+		return err
+	}
 	began := time.Now()
-	s, err := newStack(ctx)
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if downErr := s.bringDown(); downErr != nil {
-			err = errors.Join(err, downErr)
-			return
+	said := make(chan struct{})
+	slow := time.AfterFunc(2*time.Second, func() {
+		defer close(said)
+		fmt.Fprintln(out, "carpool: compiling; the first time takes a minute or two, and Go fetches what it needs …")
+	})
+	cmd := exec.CommandContext(ctx, "go", "build", "-o", folder+string(filepath.Separator), "./dev/tour", "./cmd/worker")
+	cmd.Dir, cmd.Stdout, cmd.Stderr = root, out, errOut
+	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+	cmd.WaitDelay = 5 * time.Second
+	err = cmd.Run()
+	if !slow.Stop() {
+		<-said
+		if err == nil {
+			fmt.Fprintf(out, "carpool: compiled in %s\n", command.Took(began))
 		}
-		what := "everything that was started is gone, files included"
-		if opts.data != "" {
-			what = "everything that was started is gone; the data is kept in " + opts.data
-		}
-		fmt.Fprintf(out, "\ncarpool: %s.\n", what)
-	}()
-	fmt.Fprintln(out, "carpool: bringing everything up on this machine. Ctrl-C ends it all.")
-	err = s.bringUp(ctx, opts, out)
-	if err == nil {
-		fmt.Fprintf(out, "  all up after %s\n", took(began))
-		err = giveTour(ctx, s, out)
 	}
-	if ctx.Err() != nil {
-		return errStopped
-	}
-	if err != nil || opts.once {
-		return err
-	}
-	s.printWhatToTry(out)
-	s.log.follow(out)
-	select {
-	case <-ctx.Done():
-		return nil
-	case <-s.worker.Done():
-		return fmt.Errorf("the worker has ended: %w", s.worker.Err())
-	case <-s.monitor.Done():
-		return fmt.Errorf("the monitor has ended: %w", s.monitor.Err())
-	}
-}
-
-// untilSignal returns a context that ends at Ctrl-C, SIGTERM or SIGHUP, and if `go run`, which passes no signal on, is gone.
-// A second signal ends the program at once; the servers' watchdogs then clean up.
-func untilSignal() (context.Context, context.CancelFunc) {
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
-	context.AfterFunc(ctx, stop)
-	if parent := os.Getppid(); isGo(parent) {
-		go func() {
-			tick := time.NewTicker(200 * time.Millisecond)
-			defer tick.Stop()
-			for {
-				select {
-				case <-ctx.Done():
-					return
-				case <-tick.C:
-					if os.Getppid() != parent {
-						stop()
-					}
-				}
-			}
-		}()
-	}
-	return ctx, stop
-}
-
-// isGo reports whether the process is the go command.
-func isGo(pid int) bool {
-	name, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "comm"))
 	if err != nil {
-		name, err = exec.Command("ps", "-o", "comm=", "-p", strconv.Itoa(pid)).Output()
+		return fmt.Errorf("compile the tour and the worker: %w", err)
 	}
-	return err == nil && filepath.Base(strings.TrimSpace(string(name))) == "go"
+	return nil
 }
 
-func took(since time.Time) string { return fmt.Sprintf("%.1f s", time.Since(since).Seconds()) }
+// moduleRoot finds the clone of carpool that we are in: the programs are compiled from there.
+func moduleRoot(ctx context.Context) (string, error) {
+	out, err := exec.CommandContext(ctx, "go", "env", "GOMOD").Output()
+	if err != nil {
+		return "", fmt.Errorf("ask go where the module is: %w", err)
+	}
+	root := filepath.Dir(strings.TrimSpace(string(out)))
+	for _, folder := range []string{"cmd/worker", "dev/tour"} {
+		if _, err := os.Stat(filepath.Join(root, folder)); err != nil {
+			return "", errors.New("this is not a clone of carpool; run it in one: go run ./dev")
+		}
+	}
+	return root, nil
+}
+
+// become replaces this process by the program. Where that is not possible, on Windows, it runs it and returns its exit code.
+func become(path string, args, env []string) (code int, err error) {
+	err = syscall.Exec(path, append([]string{path}, args...), env)
+	if !errors.Is(err, errors.ErrUnsupported) {
+		return 1, fmt.Errorf("start the tour: %w", err)
+	}
+	cmd := exec.Command(path, args...)
+	cmd.Stdout, cmd.Stderr, cmd.Env = os.Stdout, os.Stderr, env
+	if err := cmd.Run(); cmd.ProcessState == nil {
+		return 1, fmt.Errorf("start the tour: %w", err)
+	}
+	return cmd.ProcessState.ExitCode(), nil
+}
+
+// program is the name of a program's file.
+func program(name string) string {
+	if runtime.GOOS == "windows" {
+		name += ".exe"
+	}
+	return name
+}

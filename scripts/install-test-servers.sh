@@ -59,7 +59,7 @@ if [ ${#debian[@]} -gt 0 ]; then
 		exit 1
 	fi
 	if [ "$(id -u)" -ne 0 ]; then
-		echo "Missing: ${debian[*]}. Run: sudo apt-get install ${debian[*]}" >&2
+		echo "What the tests need is not all here. Run: sudo apt-get install --no-install-recommends ${debian[*]}" >&2
 		exit 1
 	fi
 	echo "Installing ${debian[*]}"

@@ -34,14 +34,13 @@ func (id identity) probe(ctx context.Context, program, folder string) error {
 	if err := id.take(folder); err != nil {
 		return err
 	}
-	cmd := id.command(program, "--version")
-	cmd.Dir = folder
-	return run(ctx, cmd, filepath.Base(program), nil, nil)
+	return run(ctx, id.command(folder, program, "--version"), filepath.Base(program), nil, nil)
 }
 
-// command is a command that runs as this identity.
-func (id identity) command(program string, args ...string) *exec.Cmd {
+// command is a command that runs in the folder as this identity.
+func (id identity) command(folder, program string, args ...string) *exec.Cmd {
 	cmd := exec.Command(program, args...)
+	cmd.Dir = folder
 	if id.apply != nil {
 		id.apply(cmd)
 	}

@@ -4,6 +4,7 @@ import (
 	"os"
 	"os/exec"
 	"os/user"
+	"slices"
 	"strconv"
 	"syscall"
 )
@@ -13,18 +14,19 @@ func identities() []identity {
 	if os.Geteuid() != 0 {
 		return []identity{{name: "as we are"}}
 	}
-	var ids []identity
+	var inNamespace, asUsers, throughClosed []identity
 	for _, name := range []string{"postgres", "nobody"} {
 		uid, gid, ok := lookup(name)
 		if !ok {
 			continue
 		}
-		if len(ids) == 0 {
-			ids = append(ids, inUserNamespace(name, uid, gid))
+		if len(inNamespace) == 0 {
+			inNamespace = append(inNamespace, inUserNamespace(name, uid, gid))
 		}
-		ids = append(ids, asUser(name, uid, gid))
+		asUsers = append(asUsers, asUser(name, uid, gid))
+		throughClosed = append(throughClosed, throughClosedFolders(name, uid, gid))
 	}
-	return ids
+	return slices.Concat(inNamespace, asUsers, throughClosed)
 }
 
 func lookup(name string) (uid, gid int, ok bool) {
@@ -67,4 +69,35 @@ func asUser(name string, uid, gid int) identity {
 		},
 		own: func(path string) error { return os.Lchown(path, uid, gid) },
 	}
+}
+
+// throughClosedFolders is asUser for files below a folder that the user may not enter, such as /root: the program keeps
+// root's right to pass by permissions, and no other. A container that forbids user namespaces usually grants it.
+func throughClosedFolders(name string, uid, gid int) identity {
+	const capDACOverride = 1 // CAP_DAC_OVERRIDE in linux/capability.h
+	id := asUser(name, uid, gid)
+	id.name = "through closed folders as " + name
+	id.apply = func(cmd *exec.Cmd) {
+		cmd.SysProcAttr = &syscall.SysProcAttr{
+			Credential:  &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)},
+			AmbientCaps: []uintptr{capDACOverride},
+		}
+		// The capability is in effect only once a program has been executed, so a shell is, which enters the folder.
+		cmd.Args = append([]string{"sh", "-c", `cd "$0" && exec "$@"`, cmd.Dir, cmd.Path}, cmd.Args[1:]...)
+		cmd.Path, cmd.Dir = "/bin/sh", "/"
+	}
+	return id
+}
+
+// ownerOf is whom a file or folder belongs to, for giving other things to the same owner, as only root can.
+func ownerOf(path string) (identity, error) {
+	if os.Geteuid() != 0 {
+		return identity{}, nil
+	}
+	info, err := os.Lstat(path)
+	if err != nil {
+		return identity{}, err
+	}
+	stat := info.Sys().(*syscall.Stat_t)
+	return identity{own: func(path string) error { return os.Lchown(path, int(stat.Uid), int(stat.Gid)) }}, nil
 }

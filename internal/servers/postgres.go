@@ -32,7 +32,11 @@ type PostgresConfig struct {
 	TLS bool
 	// Settings are further ones, as in postgresql.conf. They win over those made here.
 	Settings map[string]string
-	// Log receives what initdb and the server print. Nil: only the end of it is kept, for errors.
+	// Install has apt-get install Postgres where it is not on this machine and cannot be downloaded. Only root may, and where
+	// there is no apt-get nothing is installed.
+	Install bool
+	// Log receives what initdb and the server print, and before it a line that begins with "downloading" or "installing" if
+	// Postgres has to be fetched. Nil: only the end of it is kept, for errors.
 	Log io.Writer
 }
 
@@ -52,9 +56,9 @@ type Postgres struct {
 }
 
 // StartPostgres starts a server and returns when it takes connections. The context bounds the start alone: the server runs
-// until Stop. An error that is ErrNotFound names what to install.
+// until Stop. A start that fails leaves Dir as it was. An error that is ErrNotFound names what to install.
 func StartPostgres(ctx context.Context, cfg PostgresConfig) (*Postgres, error) {
-	pg, err := startPostgres(ctx, cfg, defaultPostgresFinder(), identities())
+	pg, err := startPostgres(ctx, cfg, newPostgresFinder(cfg.Install), identities())
 	if err != nil {
 		return nil, fmt.Errorf("servers: start Postgres: %w", err)
 	}
@@ -78,7 +82,7 @@ func startPostgres(ctx context.Context, cfg PostgresConfig, finder postgresFinde
 		})
 	}
 	if err != nil {
-		return nil, errors.Join(err, home.close())
+		return nil, errors.Join(err, home.abandon())
 	}
 	return pg, nil
 }
@@ -133,8 +137,7 @@ func (p *Postgres) initdb(ctx context.Context) error {
 	if !p.cfg.Durable {
 		args = append(args, "--no-sync")
 	}
-	cmd := p.identity.command(p.programs.initdb, args...)
-	cmd.Dir = p.home.dir
+	cmd := p.identity.command(p.home.dir, p.programs.initdb, args...)
 	cmd.Env = cleanEnv()
 	if err := run(ctx, cmd, "initdb", p.cfg.Log, p.home.dog.watch); err != nil {
 		return fmt.Errorf("%s: %w", p.identity.name, err)
@@ -173,8 +176,7 @@ func (p *Postgres) start(ctx context.Context) error {
 	for _, name := range slices.Sorted(maps.Keys(settings)) {
 		args = append(args, "-c", name+"="+settings[name])
 	}
-	cmd := p.identity.command(p.programs.postgres, args...)
-	cmd.Dir = p.home.dir
+	cmd := p.identity.command(p.home.dir, p.programs.postgres, args...)
 	cmd.Env = cleanEnv()
 	// SIGINT is the fast shutdown: sessions are ended, files are left in order.
 	server, err := startProcess(cmd, "postgres", p.cfg.Log, syscall.SIGINT)

@@ -10,22 +10,21 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-
-	embeddedpostgres "github.com/fergusstrange/embedded-postgres"
 )
 
 // programs is where the programs of one Postgres installation lie.
 type programs struct{ postgres, initdb string }
 
-// postgresFinder says where to look for Postgres.
+// postgresFinder says where to look for Postgres, and how to come by it if it is not on this machine.
 type postgresFinder struct {
 	lookPath func(string) (string, error)                       // finds a program on PATH
 	globs    []string                                           // folders of programs; the highest version wins
-	download func(context.Context, io.Writer) (programs, error) // the last way out
+	download func(context.Context, io.Writer) (programs, error) // without touching the system
+	install  func(context.Context, io.Writer) error             // the last way out; nil: not allowed, or not possible
 }
 
-func defaultPostgresFinder() postgresFinder {
-	return postgresFinder{
+func newPostgresFinder(mayInstall bool) postgresFinder {
+	f := postgresFinder{
 		lookPath: exec.LookPath,
 		globs: []string{
 			"/usr/lib/postgresql/*/bin",          // Debian
@@ -36,14 +35,57 @@ func defaultPostgresFinder() postgresFinder {
 		},
 		download: downloadPostgres,
 	}
+	if _, err := exec.LookPath("apt-get"); err == nil && mayInstall && os.Geteuid() == 0 {
+		f.install = installPostgres
+	}
+	return f
 }
 
+// find returns the programs that are on this machine, else downloads them, else installs them.
 func (f postgresFinder) find(ctx context.Context, log io.Writer) (programs, error) {
+	if log == nil {
+		log = io.Discard
+	}
+	if p, ok := f.findInstalled(); ok {
+		return p, nil
+	}
+	p, downloadErr := f.download(ctx, log)
+	if downloadErr == nil {
+		return p, nil
+	}
+	if ctx.Err() != nil {
+		return programs{}, fmt.Errorf("download Postgres: %w", context.Cause(ctx))
+	}
+	why := fmt.Errorf("the download failed (%w)", downloadErr)
+	if f.install != nil {
+		_, _ = fmt.Fprintf(log, "installing Postgres with apt-get, since it is not on this machine and %v\n", why)
+		err := f.install(ctx, log)
+		if ctx.Err() != nil {
+			return programs{}, fmt.Errorf("install Postgres: %w", context.Cause(ctx))
+		}
+		if p, ok := f.findInstalled(); ok {
+			return p, nil
+		}
+		if err == nil {
+			err = errors.New("it brought no programs")
+		}
+		why = fmt.Errorf("%w, and so did its installation (%w)", why, err)
+	}
+	sudo := ""
+	if os.Geteuid() > 0 {
+		sudo = "sudo "
+	}
+	return programs{}, fmt.Errorf("Postgres %w; install it: %sapt-get install postgresql (macOS: brew install postgresql@17); "+
+		"it is neither on PATH nor in %s, and %w",
+		ErrNotFound, sudo, strings.Join(f.globs, ", "), why)
+}
+
+func (f postgresFinder) findInstalled() (programs, bool) {
 	if path, err := f.lookPath("postgres"); err == nil {
 		// A link on PATH leads into an installation, whose other programs and files lie around what the link leads to.
 		if real, err := filepath.EvalSymlinks(path); err == nil {
 			if p, ok := programsIn(filepath.Dir(real)); ok {
-				return p, nil
+				return p, true
 			}
 		}
 	}
@@ -56,16 +98,10 @@ func (f postgresFinder) find(ctx context.Context, log io.Writer) (programs, erro
 			}
 		}
 		if bestVersion >= 0 {
-			return best, nil
+			return best, true
 		}
 	}
-	p, err := f.download(ctx, log)
-	if err != nil {
-		return programs{}, fmt.Errorf("Postgres %w: neither on PATH nor in %s, and the download failed (%w); "+
-			"install it (Debian: apt-get install postgresql; macOS: brew install postgresql@17)",
-			ErrNotFound, strings.Join(f.globs, ", "), err)
-	}
-	return p, nil
+	return programs{}, false
 }
 
 func programsIn(dir string) (programs, bool) {
@@ -79,56 +115,4 @@ func versionIn(dir string) float64 {
 	parent := filepath.Base(filepath.Dir(dir))
 	version, _ := strconv.ParseFloat(strings.TrimLeftFunc(parent, func(r rune) bool { return r < '0' || r > '9' }), 64)
 	return version
-}
-
-// downloadPostgres has embedded-postgres fetch the programs into the user's cache folder. That library offers fetching only
-// as a part of starting, so a server is started and stopped once; as root its initdb refuses, but by then the programs
-// are there.
-func downloadPostgres(ctx context.Context, log io.Writer) (programs, error) {
-	cache, err := os.UserCacheDir()
-	if err != nil {
-		return programs{}, fmt.Errorf("find the cache folder: %w", err)
-	}
-	version := embeddedpostgres.V17
-	dir := filepath.Join(cache, "carpool", "postgres-"+string(version))
-	if p, ok := programsIn(filepath.Join(dir, "bin")); ok {
-		return p, nil
-	}
-	if log == nil {
-		log = io.Discard
-	}
-	_, _ = fmt.Fprintf(log, "downloading Postgres %s into %s\n", version, dir)
-	port, err := FreePort()
-	if err != nil {
-		return programs{}, err
-	}
-	scratch, err := os.MkdirTemp("", "carpool-fetch-")
-	if err != nil {
-		return programs{}, err
-	}
-	fetched := make(chan error, 1)
-	go func() {
-		defer os.RemoveAll(scratch)
-		pg := embeddedpostgres.NewDatabase(embeddedpostgres.DefaultConfig().
-			Version(version).Port(uint32(port)).Logger(log).
-			CachePath(filepath.Join(cache, "carpool")).BinariesPath(dir).RuntimePath(scratch))
-		err := pg.Start()
-		if err == nil {
-			err = pg.Stop()
-		}
-		fetched <- err
-	}()
-	select {
-	case err = <-fetched:
-	case <-ctx.Done():
-		// The library cannot be called back. Its goroutine ends with the download.
-		return programs{}, context.Cause(ctx)
-	}
-	if p, ok := programsIn(filepath.Join(dir, "bin")); ok {
-		return p, nil
-	}
-	if err == nil {
-		err = errors.New("it brought no programs")
-	}
-	return programs{}, err
 }

@@ -72,6 +72,65 @@ func TestPostgresFinder_DownloadsWhereNoneIsInstalled(t *testing.T) {
 	wantPrograms(t, f, bin)
 }
 
+func TestPostgresFinder_InstallsWhatCannotBeDownloadedAndSaysSo(t *testing.T) {
+	t.Parallel()
+	root := t.TempDir()
+	var bin string
+	f := postgresFinder{lookPath: nowhere, globs: []string{filepath.Join(root, "lib/*/bin")}, download: noDownload}
+	f.install = func(context.Context, io.Writer) error {
+		bin = installation(t, root, "lib/15/bin")
+		return nil
+	}
+	var said strings.Builder
+	got, err := f.find(t.Context(), &said)
+	if err != nil || got.postgres != filepath.Join(bin, "postgres") {
+		t.Errorf("found %v, %v; want what was installed in %s", got, err, bin)
+	}
+	for _, want := range []string{"installing Postgres with apt-get", "the network is down"} {
+		if !strings.Contains(said.String(), want) {
+			t.Errorf("it does not say %q: %s", want, said.String())
+		}
+	}
+}
+
+func TestPostgresFinder_TheErrorSaysThatItsInstallationFailedToo(t *testing.T) {
+	t.Parallel()
+	f := postgresFinder{lookPath: nowhere, download: noDownload}
+	for _, why := range []error{errors.New("no mirror answers"), nil} {
+		f.install = func(context.Context, io.Writer) error { return why }
+		_, err := f.find(t.Context(), nil)
+		if !errors.Is(err, ErrNotFound) || !strings.Contains(err.Error(), "the network is down") || why != nil && !errors.Is(err, why) {
+			t.Errorf("got %v, want ErrNotFound with both reasons", err)
+		}
+	}
+}
+
+func TestPostgresFinder_DoesNotInstallOnceItsContextHasEnded(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithCancel(t.Context())
+	f := postgresFinder{lookPath: nowhere, download: func(context.Context, io.Writer) (programs, error) {
+		cancel()
+		return programs{}, context.Canceled
+	}}
+	f.install = func(context.Context, io.Writer) error {
+		t.Error("it installs")
+		return nil
+	}
+	if _, err := f.find(ctx, nil); !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v, want the context's error", err)
+	}
+}
+
+func TestNewPostgresFinder_OnlyRootMayInstallAndOnlyIfAllowed(t *testing.T) {
+	t.Parallel()
+	if newPostgresFinder(false).install != nil {
+		t.Error("it would install though it is not allowed to")
+	}
+	if os.Geteuid() != 0 && newPostgresFinder(true).install != nil {
+		t.Error("it would install though we are not root")
+	}
+}
+
 func TestPostgresFinder_TheErrorSaysWhereItLookedAndWhatToInstall(t *testing.T) {
 	t.Parallel()
 	f := postgresFinder{lookPath: nowhere, globs: []string{"/usr/lib/none/*/bin"}, download: noDownload}

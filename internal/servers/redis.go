@@ -45,7 +45,8 @@ type Redis struct {
 }
 
 // StartRedis starts redis-server or valkey-server from PATH and returns when it takes commands. The context bounds the
-// start alone: the server runs until Stop. An error that is ErrNotFound names what to install.
+// start alone: the server runs until Stop. A start that fails leaves Dir as it was. An error that is ErrNotFound names what
+// to install.
 func StartRedis(ctx context.Context, cfg RedisConfig) (*Redis, error) {
 	r, err := startRedis(ctx, cfg, exec.LookPath)
 	if err != nil {
@@ -75,7 +76,7 @@ func startRedis(ctx context.Context, cfg RedisConfig, lookPath func(string) (str
 		return r.start(ctx)
 	})
 	if err != nil {
-		return nil, errors.Join(err, home.close())
+		return nil, errors.Join(err, home.abandon())
 	}
 	return r, nil
 }

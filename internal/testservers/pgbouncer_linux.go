@@ -28,7 +28,7 @@ func PgBouncer(t testing.TB, rawURL string) string {
 	program, err := exec.LookPath("pgbouncer")
 	if err != nil {
 		if program, err = exec.LookPath("/usr/sbin/pgbouncer"); err != nil {
-			t.Fatal("pgbouncer is not installed; `make test` installs it")
+			t.Fatal("pgbouncer is not installed; ./scripts/test.sh installs it")
 		}
 	}
 	u, err := url.Parse(rawURL)

@@ -127,7 +127,7 @@ func (p *pair) startPostgres(ctx context.Context, t testing.TB) *servers.Postgre
 	if p.postgres == nil {
 		pg, err := servers.StartPostgres(ctx, servers.PostgresConfig{Settings: map[string]string{"max_connections": "500"}})
 		if err != nil {
-			t.Fatalf("%v\n(`make test` installs what is missing)", err)
+			t.Fatalf("%v\n(in a clone of carpool, ./scripts/test.sh installs what is missing)", err)
 		}
 		p.postgres = pg
 	}
@@ -169,7 +169,7 @@ func (p *pair) takeKeySpace(t testing.TB) (url string, n int) {
 	if p.redis == nil {
 		r, err := servers.StartRedis(ctx, servers.RedisConfig{})
 		if err != nil {
-			t.Fatalf("%v\n(`make test` installs what is missing)", err)
+			t.Fatalf("%v\n(in a clone of carpool, ./scripts/test.sh installs what is missing)", err)
 		}
 		p.redis = r
 	}

@@ -100,6 +100,8 @@ func TestScenario(t *testing.T) {
 		select {}
 	case "leaves a goroutine":
 		go func() { select {} }()
+	case "asks for Redis":
+		Redis(t)
 	case "without Main":
 		(&pair{}).takeKeySpace(t)
 	}
@@ -164,6 +166,22 @@ func waitUntilNobodyListens(t *testing.T, address string) {
 		}
 		if time.Now().After(deadline) {
 			t.Fatalf("somebody still listens on %s", u.Host)
+		}
+	}
+}
+
+// The advice fits a clone of carpool, and a repository whose tasks are tested with taskstest.
+func TestRedis_SaysWhatToInstallWhereThereIsNone(t *testing.T) {
+	t.Parallel()
+	cmd := exec.Command(os.Args[0], "-test.run=^TestScenario$")
+	cmd.Env = append(os.Environ(), scenarioEnv+"=asks for Redis", "PATH="+t.TempDir())
+	out, err := cmd.CombinedOutput()
+	if err == nil {
+		t.Error("the test passes without a Redis")
+	}
+	for _, want := range []string{"apt-get install redis-server", "brew install redis", "in a clone of carpool, ./scripts/test.sh"} {
+		if !strings.Contains(string(out), want) {
+			t.Errorf("it does not say %q:\n%s", want, out)
 		}
 	}
 }

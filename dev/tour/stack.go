@@ -3,13 +3,11 @@ package main
 import (
 	"context"
 	"crypto/rand"
-	_ "embed"
 	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
 	"net"
-	"net/http"
 	"net/url"
 	"os"
 	"os/exec"
@@ -21,15 +19,13 @@ import (
 	"sync"
 	"time"
 
+	"github.com/carpool-go/carpool/dev/data"
+	"github.com/carpool-go/carpool/dev/internal/command"
 	"github.com/carpool-go/carpool/internal/servers"
 )
 
-//go:embed data/seattle-weather.csv
-var seattleWeather []byte
-
 // stack is everything that dev starts. Fields are nil until their part is up; bringDown takes down what there is.
 type stack struct {
-	root     string          // of the module
 	folder   *servers.Folder // the program, the file to import, the environment to paste
 	postgres *servers.Postgres
 	redis    interface{ Stop() error }
@@ -37,6 +33,10 @@ type stack struct {
 	worker   *servers.Program
 	monitor  *servers.Program
 	log      *workerLog
+
+	data    string                   // the folder of the data that is kept; "" keeps nothing
+	missing []servers.MissingFolders // those for data that were not there before
+	up      bool                     // everything has come up
 
 	databaseURL, redisURL string
 	monitorURL            string
@@ -47,11 +47,7 @@ type stack struct {
 const giveUpAfter = 2 * time.Minute
 
 // newStack prepares what is about to be brought up; bringDown removes it.
-func newStack(ctx context.Context) (*stack, error) {
-	root, err := moduleRoot(ctx)
-	if err != nil {
-		return nil, err
-	}
+func newStack() (*stack, error) {
 	secret := make([]byte, 24)
 	_, _ = rand.Read(secret) // never fails
 	folder, err := servers.NewFolder("carpool-dev-")
@@ -59,25 +55,31 @@ func newStack(ctx context.Context) (*stack, error) {
 		return nil, err
 	}
 	return &stack{
-		root: root, folder: folder, log: newWorkerLog(),
+		folder: folder, log: newWorkerLog(),
 		webhookSecret: "whsec_" + base64.StdEncoding.EncodeToString(secret),
 	}, nil
 }
 
 // bringUp starts everything. On an error, what is up by then waits for bringDown.
-func (s *stack) bringUp(ctx context.Context, opts options, out io.Writer) error {
+func (s *stack) bringUp(ctx context.Context, opts command.Options, out io.Writer) error {
 	if err := os.MkdirAll(s.importDir(), 0o700); err != nil {
 		return err
 	}
-	if err := os.WriteFile(filepath.Join(s.importDir(), "seattle-weather.csv"), seattleWeather, 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(s.importDir(), "seattle-weather.csv"), data.SeattleWeather, 0o600); err != nil {
 		return err
 	}
-	// These three take their time, so they are done at once. Each says when it has finished; the first error ends all.
+	if err := s.takeProgram(); err != nil {
+		return err
+	}
+	if err := s.rememberWhatIsMissing(opts.Data); err != nil {
+		return err
+	}
+	// These two take their time, so they are done at once. Each says when it has finished; the first error ends all.
 	progress := &lines{out: out}
 	starting, fail := context.WithCancelCause(ctx)
 	defer fail(nil)
 	var all sync.WaitGroup
-	for _, start := range []func(context.Context, options, *lines) error{s.build, s.startPostgres, s.startRedis} {
+	for _, start := range []func(context.Context, command.Options, *lines) error{s.startPostgres, s.startRedis} {
 		all.Go(func() {
 			if err := start(starting, opts, progress); err != nil {
 				fail(err)
@@ -95,10 +97,54 @@ func (s *stack) bringUp(ctx context.Context, opts options, out io.Writer) error 
 			return err
 		}
 	}
+	s.up = true
 	return nil
 }
 
-// bringDown ends what runs, last things first, and removes what is temporary.
+// takeProgram takes the worker's program out of the folder where it was compiled, which has then served: on unix a program
+// that runs, as we do from there, needs no file. What cannot be removed is removed by who started us.
+func (s *stack) takeProgram() error {
+	compiled := os.Getenv(command.Programs)
+	if compiled == "" {
+		return errors.New("there is no worker compiled for it; start it so: go run ./dev")
+	}
+	if err := os.Mkdir(filepath.Dir(s.program()), 0o700); err != nil {
+		return err
+	}
+	if err := os.Rename(filepath.Join(compiled, filepath.Base(s.program())), s.program()); err != nil {
+		return err
+	}
+	_ = os.RemoveAll(compiled)
+	return nil
+}
+
+// rememberWhatIsMissing notes which folders for the data are about to be made.
+func (s *stack) rememberWhatIsMissing(dir string) error {
+	if dir == "" {
+		return nil
+	}
+	s.data = dir
+	for _, server := range []string{"redis", "postgres"} {
+		missing, err := servers.MissingFoldersOf(filepath.Join(dir, server))
+		if err != nil {
+			return err
+		}
+		s.missing = append(s.missing, missing)
+	}
+	return nil
+}
+
+// keepsData says whether there is data that outlives us.
+func (s *stack) keepsData() bool {
+	if s.data == "" {
+		return false
+	}
+	_, err := os.Stat(s.data)
+	return err == nil
+}
+
+// bringDown ends what runs, last things first, and removes what is temporary; if it has not come up, also the folders for
+// data that were made for it.
 func (s *stack) bringDown() error {
 	// The worker may finish what it has begun; its own limit comes before this one.
 	const grace = 15 * time.Second
@@ -118,6 +164,11 @@ func (s *stack) bringDown() error {
 	if s.postgres != nil {
 		errs = append(errs, s.postgres.Stop())
 	}
+	if !s.up {
+		for _, folders := range s.missing {
+			errs = append(errs, folders.Remove())
+		}
+	}
 	return errors.Join(append(errs, s.folder.Remove())...)
 }
 
@@ -131,37 +182,6 @@ func (s *stack) program() string {
 		name += ".exe"
 	}
 	return filepath.Join(s.folder.Path(), "bin", name)
-}
-
-// moduleRoot finds the clone of carpool that we are in: its program is built from there.
-func moduleRoot(ctx context.Context) (string, error) {
-	out, err := exec.CommandContext(ctx, "go", "env", "GOMOD").Output()
-	if err != nil {
-		return "", fmt.Errorf("ask go where the module is: %w", err)
-	}
-	root := filepath.Dir(strings.TrimSpace(string(out)))
-	for _, folder := range []string{"cmd/worker", "worker/cli"} {
-		if _, err := os.Stat(filepath.Join(root, folder)); err != nil {
-			return "", errors.New("this is not a clone of carpool; run it in one: go run ./dev")
-		}
-	}
-	return root, nil
-}
-
-// build builds the program that Render runs, too. What it shares with this one was built with it and is cached.
-func (s *stack) build(ctx context.Context, _ options, progress *lines) error {
-	began := time.Now()
-	cmd := exec.Command("go", "build", "-o", s.program(), "./cmd/worker")
-	cmd.Dir = s.root
-	slow := time.AfterFunc(5*time.Second, func() {
-		progress.printf("  … building the worker; the first time takes a minute or two")
-	})
-	defer slow.Stop()
-	if err := runToEnd(ctx, cmd, nil); err != nil {
-		return fmt.Errorf("build the worker: %w", err)
-	}
-	progress.printf("  worker built in %s", took(began))
-	return nil
 }
 
 // runToEnd runs a program until it ends, or the context does.
@@ -179,21 +199,28 @@ func runToEnd(ctx context.Context, cmd *exec.Cmd, out io.Writer) error {
 	}
 }
 
-func (s *stack) startPostgres(ctx context.Context, opts options, progress *lines) error {
+func (s *stack) startPostgres(ctx context.Context, opts command.Options, progress *lines) error {
 	if s.databaseURL = os.Getenv("DATABASE_URL"); s.databaseURL != "" {
 		progress.printf("  Postgres: yours, from DATABASE_URL")
 		return nil
 	}
 	began := time.Now()
-	cfg := servers.PostgresConfig{Log: downloads{progress}}
-	if opts.data != "" {
-		cfg.Dir, cfg.Durable = filepath.Join(opts.data, "postgres"), true
+	cfg := servers.PostgresConfig{Install: opts.Install, Log: fetching{progress}}
+	if opts.Data != "" {
+		cfg.Dir, cfg.Durable = filepath.Join(opts.Data, "postgres"), true
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*giveUpAfter) // it may have to be downloaded
 	defer cancel()
 	pg, err := servers.StartPostgres(ctx, cfg)
 	if err != nil {
-		return fmt.Errorf("%w\n(or set DATABASE_URL to a Postgres that you have)", err)
+		if !errors.Is(err, servers.ErrNotFound) {
+			return err
+		}
+		hint := "or set DATABASE_URL to a Postgres that you have"
+		if !opts.Install {
+			hint += ", or leave out -install=false"
+		}
+		return fmt.Errorf("%w\n(%s)", err, hint)
 	}
 	s.postgres = pg
 	if s.databaseURL, err = pg.Database(ctx, "carpool"); err != nil {
@@ -203,15 +230,15 @@ func (s *stack) startPostgres(ctx context.Context, opts options, progress *lines
 	return nil
 }
 
-func (s *stack) startRedis(ctx context.Context, opts options, progress *lines) error {
+func (s *stack) startRedis(ctx context.Context, opts command.Options, progress *lines) error {
 	if s.redisURL = os.Getenv("REDIS_URL"); s.redisURL != "" {
 		progress.printf("  Redis: yours, from REDIS_URL")
 		return nil
 	}
 	began := time.Now()
 	cfg := servers.RedisConfig{}
-	if opts.data != "" {
-		cfg.Dir, cfg.AppendFsync = filepath.Join(opts.data, "redis"), "everysec"
+	if opts.Data != "" {
+		cfg.Dir, cfg.AppendFsync = filepath.Join(opts.Data, "redis"), "everysec"
 	}
 	ctx, cancel := context.WithTimeout(ctx, giveUpAfter)
 	defer cancel()
@@ -239,7 +266,7 @@ func where(address string, began time.Time) string {
 	if u, err := url.Parse(address); err == nil {
 		host = u.Host
 	}
-	return fmt.Sprintf("on %s after %s", host, took(began))
+	return fmt.Sprintf("on %s after %s", host, command.Took(began))
 }
 
 func (s *stack) migrate(ctx context.Context, progress *lines) error {
@@ -278,49 +305,39 @@ func (s *stack) startWorker(ctx context.Context, progress *lines) error {
 	}
 }
 
+// startMonitor starts the monitor on port 8080, or on the next one that is free. Somebody may be quicker: then it ends, and
+// another port is tried.
 func (s *stack) startMonitor(ctx context.Context, progress *lines) error {
-	port, err := portNear(8080)
-	if err != nil {
-		return err
-	}
-	address := net.JoinHostPort("127.0.0.1", strconv.Itoa(port))
-	cmd := exec.Command(s.program(), "monitor")
-	cmd.Env = s.environ("MONITOR_ADDR="+address, "MONITOR_SHOW_PAYLOADS=true")
-	if s.monitor, err = servers.StartProgram(cmd, nil); err != nil {
-		return err
-	}
-	s.monitorURL = "http://" + address + "/"
+	const tries = 5
 	giveUp := time.After(giveUpAfter)
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		if answers(ctx, s.monitorURL) {
-			progress.printf("  monitor on %s (worker monitor)", s.monitorURL)
-			return nil
+	for try := 1; ; try++ {
+		port, err := portNear(8080)
+		if err != nil {
+			return err
+		}
+		address := net.JoinHostPort("127.0.0.1", strconv.Itoa(port))
+		cmd := exec.Command(s.program(), "monitor")
+		cmd.Env = s.environ("LOG_FORMAT=json", "MONITOR_ADDR="+address, "MONITOR_SHOW_PAYLOADS=true")
+		log := newWorkerLog()
+		if s.monitor, err = servers.StartProgram(cmd, log); err != nil {
+			return err
 		}
 		select {
-		case <-tick.C:
+		case <-log.started:
+			s.monitorURL = "http://" + address + "/"
+			progress.printf("  monitor on %s (worker monitor)", s.monitorURL)
+			return nil
 		case <-s.monitor.Done():
-			return fmt.Errorf("the monitor did not start: %w", s.monitor.Err())
+			if try == tries {
+				return fmt.Errorf("the monitor did not start: %w", s.monitor.Err())
+			}
+			s.monitor.Stop(0)
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		case <-giveUp:
-			return fmt.Errorf("the monitor does not answer on %s", s.monitorURL)
+			return fmt.Errorf("the monitor has not started within %s", giveUpAfter)
 		}
 	}
-}
-
-func answers(ctx context.Context, url string) bool {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
-	if err != nil {
-		return false
-	}
-	res, err := (&http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}).Do(req)
-	if err != nil {
-		return false
-	}
-	_ = res.Body.Close()
-	return true
 }
 
 // portNear finds a free port on 127.0.0.1 from the wanted one upwards.
@@ -391,13 +408,16 @@ func (l *lines) printf(format string, args ...any) {
 	fmt.Fprintf(l.out, format+"\n", args...)
 }
 
-// downloads passes on what the start of Postgres says of a download, which takes long, and drops the rest.
-type downloads struct{ progress *lines }
+// fetching passes on what the start of Postgres says of fetching it, which takes long, and drops the rest.
+type fetching struct{ progress *lines }
 
-func (d downloads) Write(b []byte) (int, error) {
+func (f fetching) Write(b []byte) (int, error) {
 	for line := range strings.Lines(string(b)) {
-		if strings.HasPrefix(line, "downloading ") {
-			d.progress.printf("  … %s", strings.TrimSpace(line))
+		switch line = strings.TrimSpace(line); {
+		case strings.HasPrefix(line, "downloading "):
+			f.progress.printf("  … %s", line)
+		case strings.HasPrefix(line, "installing "):
+			f.progress.printf("  … %s (-install=false forbids it)", line)
 		}
 	}
 	return len(b), nil

@@ -10,9 +10,9 @@ import (
 	"time"
 )
 
-// workerLog reads the worker's log, which is JSON, one record a line. From it comes what each job did.
+// workerLog reads the log of the worker, or of its monitor, which is JSON, one record a line. From it comes what each job did.
 type workerLog struct {
-	started chan struct{} // closed when the worker says so
+	started chan struct{} // closed when it says that it has started
 
 	mu      sync.Mutex               // guards what follows
 	up      bool                     // started is closed
@@ -90,7 +90,7 @@ func (l *workerLog) read(line []byte) {
 		return
 	}
 	switch {
-	case r.Msg == "worker started" && !l.up:
+	case (r.Msg == "worker started" || r.Msg == "monitor started") && !l.up:
 		l.up = true
 		close(l.started)
 	case r.Msg == "job" && l.out == nil:

@@ -14,6 +14,7 @@ import (
 	"github.com/hibiken/asynq"
 	"github.com/jackc/pgx/v5"
 
+	"github.com/carpool-go/carpool/dev/data"
 	"github.com/carpool-go/carpool/tasks"
 	"github.com/carpool-go/carpool/tasks/csvimport"
 	"github.com/carpool-go/carpool/tasks/maintenance"
@@ -123,7 +124,7 @@ func (t *tour) lookAtImport(ctx context.Context, table string) error {
 	if err != nil {
 		return fmt.Errorf("look at imports.%s: %w", table, err)
 	}
-	if want := bytes.Count(seattleWeather, []byte("\n")) - 1; days != want {
+	if want := bytes.Count(data.SeattleWeather, []byte("\n")) - 1; days != want {
 		return fmt.Errorf("imports.%s has %d rows, the file %d", table, days, want)
 	}
 	t.say("in Postgres: imports.%s has %d days, %d of them of rain; the hottest was %s with %.1f °C",

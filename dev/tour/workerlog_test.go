@@ -74,7 +74,7 @@ func TestWorkerLog_ShowsJobsAndWarningsThatItFollows(t *testing.T) {
 			t.Errorf("it does not show %q", want)
 		}
 	}
-	for _, unwanted := range []string{"43", "nothing to see"} {
+	for _, unwanted := range []string{"pool:validate 43", "nothing to see"} {
 		if strings.Contains(shown.String(), unwanted) {
 			t.Errorf("it shows %q", unwanted)
 		}

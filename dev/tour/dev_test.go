@@ -24,6 +24,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 
+	"github.com/carpool-go/carpool/dev/internal/command"
 	"github.com/carpool-go/carpool/internal/schema"
 	"github.com/carpool-go/carpool/internal/servers"
 	"github.com/carpool-go/carpool/internal/testservers"
@@ -136,7 +137,7 @@ func TestDev_KilledItLeavesNothing(t *testing.T) {
 
 func TestDev_EndsWithGoRun(t *testing.T) {
 	t.Parallel()
-	d := newDev(t, "go", "run", ".")
+	d := newDev(t, "go", "run", "..")
 	d.start(nil)
 	d.waitFor("bringing everything up")
 	pids := descendants(t, d.cmd.Process.Pid)
@@ -154,6 +155,31 @@ func TestDev_InterruptedBeforeItIsUpItLeavesNothing(t *testing.T) {
 	d.wantNothingLeft(pids)
 	if strings.Contains(d.output(), "signal: ") {
 		t.Error("it blames what it has itself cut short")
+	}
+}
+
+// A folder that was there stays, with the owner it had.
+func TestDev_AStartThatFailsLeavesNothing(t *testing.T) {
+	t.Parallel()
+	broken := t.TempDir()
+	for program, script := range map[string]string{"postgres": "exit 0", "initdb": "echo no space left >&2; exit 1"} {
+		if err := os.WriteFile(filepath.Join(broken, program), []byte("#!/bin/sh\n"+script+"\n"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Chmod(broken, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	root := openDir(t)
+	d := startDev(t, []string{"PATH=" + broken + ":" + os.Getenv("PATH")}, "-once", "-data", filepath.Join(root, "new", "data"))
+	d.wantExit(1)
+	d.wantNothingLeft(nil)
+	if said := d.output(); !strings.Contains(said, "no space left") || !strings.Contains(said, "is gone, files included") {
+		t.Error("it does not say why, or that all is gone")
+	}
+	left, err := os.ReadDir(root)
+	if err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v, %v", left, err)
 	}
 }
 
@@ -182,17 +208,11 @@ func TestDev_AJobThatFailsFailsItAndOtherStepsAreTaken(t *testing.T) {
 	d.wantNothingLeft(nil)
 }
 
-func TestRun_RefusesWhatItDoesNotUnderstand(t *testing.T) {
+func TestRun_NamesTheWayToStartIt(t *testing.T) {
 	t.Parallel()
-	for _, args := range [][]string{{"-twice"}, {"once"}} {
-		var said bytes.Buffer
-		if code := run(t.Context(), args, io.Discard, &said); code != 2 || !strings.Contains(said.String(), args[0]) {
-			t.Errorf("%q: exit %d, %q; want 2 and its name", args, code, said.String())
-		}
-	}
 	var said bytes.Buffer
-	if code := run(t.Context(), []string{"-help"}, io.Discard, &said); code != 0 || !strings.Contains(said.String(), "DATABASE_URL") {
-		t.Errorf("-help: exit %d, %q", code, said.String())
+	if code := run(t.Context(), nil, io.Discard, &said); code != 1 || !strings.Contains(said.String(), "go run ./dev") {
+		t.Errorf("exit %d, %q; want 1 and the command", code, said.String())
 	}
 }
 
@@ -211,7 +231,12 @@ type dev struct {
 func startDev(t *testing.T, env []string, args ...string) *dev {
 	t.Helper()
 	d := newDev(t, os.Args[0], args...)
-	d.start(append(env, asProgram+"=1"))
+	programs := filepath.Join(d.tmp, "programs")
+	out, err := exec.CommandContext(t.Context(), "go", "build", "-o", programs+"/", "../../cmd/worker").CombinedOutput()
+	if err != nil {
+		t.Fatalf("compile the worker: %v\n%s", err, out)
+	}
+	d.start(append(env, asProgram+"=1", command.Programs+"="+programs))
 	return d
 }
 
