@@ -402,3 +402,58 @@ func checkCommand(t *testing.T, line string) {
 		}
 	}
 }
+
+// A command beside a figure must measure something, also after a move.
+func TestDocs_TheirBenchmarksExist(t *testing.T) {
+	t.Parallel()
+	pages, err := filepath.Glob("docs/*.md")
+	if err != nil || len(pages) == 0 {
+		t.Fatalf("there are no docs: %v", err)
+	}
+	commands := regexp.MustCompile("`(cd bench && )?go (test|run) ([^`]*)`")
+	found := 0
+	for _, page := range append(pages, "README.md") {
+		text, err := os.ReadFile(page)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range commands.FindAllStringSubmatch(string(text), -1) {
+			found++
+			dir, words := ".", strings.Fields(m[3])
+			if m[1] != "" {
+				dir = "bench"
+			}
+			pkg := "."
+			for _, word := range words {
+				if strings.HasPrefix(word, "./") {
+					pkg = word
+				}
+			}
+			if m[2] == "run" {
+				if _, err := os.Stat(filepath.Join(dir, pkg, "main.go")); err != nil {
+					t.Errorf("%s: %s: %v", page, m[0], err)
+				}
+				continue
+			}
+			at := slices.Index(words, "-bench")
+			if at < 0 || at+1 == len(words) {
+				t.Errorf("%s: %s measures nothing", page, m[0])
+				continue
+			}
+			files, err := filepath.Glob(filepath.Join(dir, pkg, "*_test.go"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			exists := regexp.MustCompile(`func Benchmark\w*` + words[at+1])
+			if !slices.ContainsFunc(files, func(file string) bool {
+				code, err := os.ReadFile(file)
+				return err == nil && exists.Match(code)
+			}) {
+				t.Errorf("%s: %s: there is no such benchmark", page, m[0])
+			}
+		}
+	}
+	if found < 4 {
+		t.Errorf("only %d commands were found", found)
+	}
+}

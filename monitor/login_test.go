@@ -12,6 +12,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/carpool-go/carpool/internal/testservers"
 )
 
 func TestLogins_WrongOnesAreAnsweredLaterAndLaterByAddress(t *testing.T) {
@@ -115,5 +117,42 @@ func TestMonitor_RequestWithoutALoginIsAnsweredBeforeItsBodyAndItsConnectionIsCl
 		if _, err := r.ReadByte(); err == nil || strings.Contains(err.Error(), "timeout") {
 			t.Errorf("%s: the connection is still open: %v", name, err)
 		}
+	}
+}
+
+// Whoever opens connections and says nothing doesn't keep the others out.
+func TestNewServer_SilentConnectionsMakeRoomForThoseThatAsk(t *testing.T) {
+	t.Parallel()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := NewServer(Config{Redis: open(t, testservers.Redis(t)), User: "carpool", Password: "open sesame"})
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(listener) }()
+	t.Cleanup(func() {
+		_ = server.Close()
+		<-served
+	})
+	var silent []net.Conn
+	for range 3 * maxSilent {
+		conn, err := net.Dial("tcp", listener.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		silent = append(silent, conn)
+	}
+	for range 5 {
+		if code, _ := ask(t, "GET", "http://"+listener.Addr().String()+"/api/queues", func(r *http.Request) {
+			r.SetBasicAuth("carpool", "open sesame")
+			r.Close = true
+		}); code != http.StatusOK {
+			t.Errorf("the right login is answered with %d", code)
+		}
+	}
+	_ = silent[0].SetDeadline(time.Now().Add(time.Minute))
+	if _, err := silent[0].Read(make([]byte, 1)); err == nil || strings.Contains(err.Error(), "timeout") {
+		t.Errorf("the oldest silent connection is still open: %v", err)
 	}
 }

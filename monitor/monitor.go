@@ -19,7 +19,7 @@ type Config struct {
 	// Redis holds the queues; see tasks.OpenRedis. The caller closes it. Required.
 	Redis redis.UniversalClient
 	// User and Password are those of the login. With the Password "" there is no login, and
-	// the pages are shown under the names of this machine and Host only.
+	// the pages are shown on this machine only, under its names and Host.
 	User, Password string
 	// Host is the name or address that the monitor listens on; "" is the machine's own.
 	Host string

@@ -24,6 +24,11 @@ func protect(pages http.Handler, cfg Config) http.Handler {
 				http.Error(w, "this name is not known here; open the address that the monitor listens on", http.StatusForbidden)
 				return
 			}
+			// The name is the sender's to choose, the address isn't.
+			if !IsLoopback(addressOf(r)) {
+				http.Error(w, "without a login it is shown on its own machine only", http.StatusForbidden)
+				return
+			}
 		} else if !logins.admits(r) {
 			logins.refuse(w, r)
 			return

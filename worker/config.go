@@ -55,6 +55,9 @@ type Config struct {
 	OutboundAllow string
 	// Burst has the worker work off what is queued and due, and then stop.
 	Burst bool
+	// Name begins the name of the instance, which a random part makes unique; "" is the
+	// host's name.
+	Name string
 	// Version is the program's, for the log and the status; "" is shown as such.
 	Version string
 	// Logger takes what the worker logs; nil is [slog.Default].
@@ -107,6 +110,9 @@ func (c Config) Validate() error {
 		add("Groups: %w", err)
 	}
 	names := make(map[string]bool)
+	for _, e := range ownSchedules() {
+		names[e.Name] = true
+	}
 	for _, e := range c.Schedules {
 		if err := e.Validate(); err != nil {
 			for fault := range strings.SplitSeq(err.Error(), "\n") {
@@ -159,7 +165,7 @@ func (c Config) Validate() error {
 const stopGrace = 5 * time.Second
 
 // StopsWithin is how long after the end of its context [Run] has returned, if no handler
-// ignores the end of its own and the servers answer.
+// ignores the end of its own, the servers answer, and the groups' Stop takes no time.
 func (c Config) StopsWithin() time.Duration {
 	return c.withDefaults().ShutdownTimeout + delivery.EndingGrace + stopGrace
 }

@@ -1,6 +1,7 @@
 package worker
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
@@ -34,8 +35,9 @@ type part interface {
 // returns when that is done, see [Config.StopsWithin].
 //
 // Before it starts it waits for both servers, and fails if they are not ready in time, or
-// refuse it. The error is nil if it ran; that of [Config.Validate]; or names the server
-// that was not ready.
+// refuse it. The error is nil if it ran. Else it is that of [Config.Validate], names the
+// server that was not ready or the group that did not start, or is the cause of ctx's end
+// if that came first.
 func Run(ctx context.Context, c Config) error {
 	if err := c.Validate(); err != nil {
 		return fmt.Errorf("worker: the configuration is wrong: %w", err)
@@ -43,6 +45,8 @@ func Run(ctx context.Context, c Config) error {
 	c = c.withDefaults()
 	c.Fetchers = min(c.Fetchers, c.Concurrency)
 	log := c.Logger
+	running, stopped := context.WithCancel(ctx)
+	defer stopped()
 	guard, err := outbound.New(c.OutboundAllow)
 	if err != nil {
 		return err
@@ -85,7 +89,8 @@ func Run(ctx context.Context, c Config) error {
 		return err
 	}
 
-	name := instance.NewName()
+	host, _ := os.Hostname()
+	name := instance.NewName(cmp.Or(c.Name, host))
 	queue := instance.Queue(name)
 	jobs := delivery.New(delivery.Config{
 		Tasks: set, Redis: rdb, ServersRedis: serversRedis, DB: db,
@@ -94,7 +99,6 @@ func Run(ctx context.Context, c Config) error {
 		BaseContext:     outbound.NewContext(context.Background(), guard),
 		Log:             log,
 	})
-	host, _ := os.Hostname()
 	self := admin.Instance{
 		Name: name, Version: c.Version, Host: host, PID: os.Getpid(), Started: time.Now().UTC(),
 		Queues: c.Queues, OwnQueue: queue, Kinds: set.Kinds(), Concurrency: c.Concurrency, Fetchers: c.Fetchers,
@@ -121,23 +125,25 @@ func Run(ctx context.Context, c Config) error {
 	}
 	// In the order of the shutdown; they are started in the reverse order.
 	parts := []part{
-		jobs.Servers,             // fetch no more, and wait for the jobs that run, which need all that follows
-		newGroups(ctx, c.Groups), // no handler of theirs runs any more
-		validations,              // enqueue to the instance's own queue, which goes with the fleet
-		ticks,                    // are other instances' from now on
-		jobs.Rescue,              // would give back what this worker has just pushed back
-		outboxRelay,              // moves what the jobs and the ticks have enqueued until now
-		jobs.Executor,            // waits for what the end of jobs began, such as the last step of a cancel
-		members,                  // take the instance out of Redis, when nothing of it writes there any more
-		jobs.Breaker,             // is asked by the heartbeat until then
+		jobs.Servers,                 // fetch no more, and wait for the jobs that run, which need all that follows
+		newGroups(running, c.Groups), // no handler of theirs runs any more
+		validations,                  // enqueue to the instance's own queue, which goes with the fleet
+		ticks,                        // are other instances' from now on
+		jobs.Rescue,                  // would give back what this worker has just pushed back
+		outboxRelay,                  // moves what the jobs and the ticks have enqueued until now
+		jobs.Executor,                // waits for what the end of jobs began, such as the last step of a cancel
+		members,                      // take the instance out of Redis, when nothing of it writes there any more
+		jobs.Breaker,                 // is asked by the heartbeat until then
 	}
 	for i, p := range slices.Backward(parts) {
 		if err := p.Start(); err != nil {
+			stopped()
 			stop(parts[i:])
 			return err
 		}
 	}
 	defer stop(parts)
+	defer stopped() // first, so that the groups know
 	log.Info("worker started", "version", c.Version, "instance", name,
 		"queues", self.Weights(), "concurrency", c.Concurrency, "fetchers", c.Fetchers,
 		"pool_size", c.Pool.Size, "max_overflow", c.Pool.MaxOverflow)

@@ -4,19 +4,15 @@ package instance
 
 import (
 	"cmp"
-	"os"
 	"regexp"
 	"strings"
 
 	"github.com/google/uuid"
 )
 
-// NewName makes a name that is different for any two instances that live at once.
-func NewName() string {
-	host, _ := os.Hostname()
-	name := cmp.Or(os.Getenv("RENDER_INSTANCE_ID"), host, "worker")
-	return name + "-" + uuid.NewString()[:8]
-}
+// NewName makes a name that begins with one, or with "worker" for none, and is different
+// for any two instances that live at once.
+func NewName(begins string) string { return cmp.Or(begins, "worker") + "-" + uuid.NewString()[:8] }
 
 // QueuePrefix begins the names of the instances' own queues.
 const QueuePrefix = "instance-"

@@ -6,12 +6,10 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"net/http"
 	"strings"
 	"time"
 
 	"github.com/alecthomas/kong"
-	"golang.org/x/net/netutil"
 
 	"github.com/carpool-go/carpool/monitor"
 )
@@ -73,10 +71,6 @@ func (m *monitorCmd) config(in *invocation) (monitor.Config, error) {
 	return cfg, f.err()
 }
 
-// maxConnections is how many connections the monitor serves at once; others wait. A browser
-// has six. The timeouts see to it that nobody holds one for long without saying anything.
-const maxConnections = 32
-
 // monitorGrace is how long requests may go on when the monitor is to stop.
 const monitorGrace = 5 * time.Second
 
@@ -97,17 +91,10 @@ func (m *monitorCmd) Run(ctx context.Context, in *invocation) error {
 	if err != nil {
 		return fmt.Errorf("MONITOR_ADDR: %w", err)
 	}
-	server := &http.Server{
-		Handler:           monitor.New(cfg),
-		ReadHeaderTimeout: 10 * time.Second,
-		ReadTimeout:       30 * time.Second,
-		WriteTimeout:      time.Minute,
-		IdleTimeout:       30 * time.Second,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
-	}
+	server := monitor.NewServer(cfg)
 	log.Info("monitor started", "version", in.Version, "url", "http://"+listener.Addr().String())
 	served := make(chan error, 1)
-	go func() { served <- server.Serve(netutil.LimitListener(listener, maxConnections)) }()
+	go func() { served <- server.Serve(listener) }()
 	if err := rdb.Ping(ctx).Err(); err != nil && ctx.Err() == nil {
 		log.Warn("Redis does not answer; the pages show errors until it does", "error", err)
 	}

@@ -91,7 +91,7 @@ func TestExecutor_RowsLeftOpenAreTheHandlersFailureAndNoOutage(t *testing.T) {
 	})
 	_, err := f.Wait(t, f.enqueue(t, "x", &tasks.EnqueueOptions{MaxRetry: tasks.NoRetry}))
 	if runs.Load() != 1 || strings.Contains(f.log.String(), "the database is away") {
-		t.Errorf("%d runs for one try; error %v; the gate was shut: %v", runs.Load(), err, strings.Contains(f.log.String(), "the database is away"))
+		t.Errorf("%d runs for one try; error %v; the breaker was open: %v", runs.Load(), err, strings.Contains(f.log.String(), "the database is away"))
 	}
 }
 
@@ -470,7 +470,7 @@ func TestExecutor_StatementThatTheHandlerBrokeOffIsNoOutage(t *testing.T) {
 	})
 	_, err := f.Wait(t, f.enqueue(t, "x", &tasks.EnqueueOptions{MaxRetry: tasks.NoRetry}))
 	if err == nil || runs.Load() != 1 || strings.Contains(f.log.String(), "the database is away") {
-		t.Errorf("%d runs for one try; error %v; the gate was shut: %v", runs.Load(), err, strings.Contains(f.log.String(), "the database is away"))
+		t.Errorf("%d runs for one try; error %v; the breaker was open: %v", runs.Load(), err, strings.Contains(f.log.String(), "the database is away"))
 	}
 }
 
