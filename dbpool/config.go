@@ -214,6 +214,9 @@ func (p *Pool) pgxConfig() (*pgxpool.Config, error) {
 		// another.
 		cfg.ConnConfig.ConnectTimeout = min(p.cfg.Timeout/3+time.Millisecond, mostConnectTimeout)
 	}
+	// A role's or a database's own encoding would change text on its way, because Go's is
+	// UTF-8.
+	cfg.ConnConfig.RuntimeParams["client_encoding"] = "UTF8"
 	if cfg.ConnConfig.RuntimeParams["application_name"] == "" {
 		cfg.ConnConfig.RuntimeParams["application_name"] = "carpool"
 	}

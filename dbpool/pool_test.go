@@ -692,3 +692,29 @@ func (s *syncBuffer) String() string {
 	defer s.mu.Unlock()
 	return s.b.String()
 }
+
+func TestPool_TextIsUTF8WhateverTheDatabasesEncodingOfClients(t *testing.T) {
+	t.Parallel()
+	url := testservers.Postgres(t)
+	first := openAt(t, url)
+	if _, err := first.Exec(t.Context(), "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET client_encoding = latin1', current_database()); END $$"); err != nil {
+		t.Fatal(err)
+	}
+	p := openAt(t, url)
+	var length int
+	if err := p.QueryRow(t.Context(), "SELECT char_length($1)", "café").Scan(&length); err != nil || length != 4 {
+		t.Errorf("café has %d characters, error %v", length, err)
+	}
+}
+
+func openAt(t *testing.T, url string) *dbpool.Pool {
+	t.Helper()
+	cfg := dbpool.DefaultConfig(url)
+	cfg.Logger = slog.New(slog.DiscardHandler)
+	p, err := dbpool.Open(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(p.Close)
+	return p
+}

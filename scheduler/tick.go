@@ -295,7 +295,7 @@ const askTimeout = 2 * time.Second
 const (
 	// beginFire bounds how long an instance that hangs, or was put to sleep,
 	// keeps an entry's row from the others.
-	beginFire = "BEGIN; SET LOCAL idle_in_transaction_session_timeout = '3s'"
+	beginFire = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL idle_in_transaction_session_timeout = '3s'"
 
 	ensureState = `INSERT INTO carpool.schedule_state (name) VALUES ($1) ON CONFLICT DO NOTHING`
 

@@ -10,7 +10,7 @@ import (
 )
 
 const (
-	beginSQL = "BEGIN; SET LOCAL idle_in_transaction_session_timeout = '15s'"
+	beginSQL = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL idle_in_transaction_session_timeout = '15s'"
 
 	takeSQL = `SELECT id::text, kind, payload::text, queue, unique_key, run_at, max_retry,
 			extract(epoch FROM timeout)::float8, extract(epoch FROM retention)::float8

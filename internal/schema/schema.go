@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"time"
 
 	"github.com/jackc/pgerrcode"
 	"github.com/jackc/pgx/v5"
@@ -95,11 +96,18 @@ func newest() int64 {
 	return v
 }
 
+// connectTimeout bounds each attempt to connect, unless the URL says otherwise.
+const connectTimeout = 5 * time.Second
+
 func open(url string) (*sql.DB, *goose.Provider, error) {
 	cfg, err := pgxpool.ParseConfig(url) // it takes the settings of a pool out of the URL, which Postgres doesn't know
 	if err != nil {
 		return nil, nil, fmt.Errorf("schema: %w", err)
 	}
+	if cfg.ConnConfig.ConnectTimeout <= 0 {
+		cfg.ConnConfig.ConnectTimeout = connectTimeout // of each host, of which one may be silent
+	}
+	cfg.ConnConfig.RuntimeParams["client_encoding"] = "UTF8"
 	db := stdlib.OpenDB(*cfg.ConnConfig)
 	locker, err := lock.NewPostgresSessionLocker()
 	if err != nil {

@@ -54,9 +54,10 @@ type Import struct {
 func (Import) Kind() string { return "csv:import" }
 
 // Options returns a timeout of an hour, because a large file may take that long, and a
-// retention of a day.
+// retention of a day. The isolation is read committed, because imports into one table at
+// once must see each other's.
 func (Import) Options() tasks.Options {
-	return tasks.Options{Timeout: time.Hour, Retention: 24 * time.Hour}
+	return tasks.Options{Timeout: time.Hour, Retention: 24 * time.Hour, Isolation: pgx.ReadCommitted}
 }
 
 const (

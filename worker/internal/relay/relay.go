@@ -122,6 +122,7 @@ func New(cfg Config) (*Relay, error) {
 	}
 	r.ending, r.end = context.WithCancel(context.Background())
 	r.connConfig.RuntimeParams["application_name"] = "carpool relay"
+	r.connConfig.RuntimeParams["client_encoding"] = "UTF8" // a role's or a database's own would change text
 	r.connConfig.OnNotification = func(*pgconn.PgConn, *pgconn.Notification) { r.woken = true }
 	if r.connConfig.ConnectTimeout <= 0 {
 		r.connConfig.ConnectTimeout = 5 * time.Second
@@ -158,9 +159,9 @@ func (r *Relay) CaughtUp() <-chan struct{} { return r.caughtUp }
 
 // session connects and moves rows until the connection breaks, or ctx ends.
 func (r *Relay) session(ctx context.Context) error {
-	connectCtx, cancel := context.WithTimeout(ctx, r.connConfig.ConnectTimeout+time.Second)
-	defer cancel()
-	conn, err := pgx.ConnectConfig(connectCtx, r.connConfig)
+	// pgx gives each address of each host its ConnectTimeout. How many there are, only it
+	// knows, so there is no bound on all of them together.
+	conn, err := pgx.ConnectConfig(ctx, r.connConfig)
 	if err != nil {
 		return err
 	}
@@ -170,8 +171,8 @@ func (r *Relay) session(ctx context.Context) error {
 		_ = conn.Close(closeCtx)
 	}()
 	if !r.cfg.DB.ThroughPooler {
-		if _, err := conn.Exec(connectCtx, listen); err != nil {
-			return fmt.Errorf("listen: %w", err)
+		if err := r.listen(ctx, conn); err != nil {
+			return err
 		}
 	}
 	r.tidied, r.load = time.Time{}, load{since: time.Now()}
@@ -212,9 +213,19 @@ func (r *Relay) session(ctx context.Context) error {
 	return nil
 }
 
-// listen also lets the server find out soon that the relay's host has vanished,
+// listen has the connection notified of new rows.
+func (r *Relay) listen(ctx context.Context, conn *pgx.Conn) error {
+	ctx, cancel := context.WithTimeout(ctx, r.connConfig.ConnectTimeout)
+	defer cancel()
+	if _, err := conn.Exec(ctx, listenSQL); err != nil {
+		return fmt.Errorf("listen: %w", err)
+	}
+	return nil
+}
+
+// listenSQL also lets the server find out soon that the relay's host has vanished,
 // because a busy relay's lock ends with its connection.
-const listen = `SET tcp_keepalives_idle = 15; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3;
+const listenSQL = `SET tcp_keepalives_idle = 15; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3;
 	SET tcp_user_timeout = '20s'; LISTEN ` + outbox.Channel
 
 // awaitRows returns when a notification has come since the last move began, or it is

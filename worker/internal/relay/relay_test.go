@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/url"
 	"slices"
 	"strings"
@@ -481,6 +482,52 @@ func TestRelay_ListsItsQueuesAgainInARedisThatLostItsData(t *testing.T) {
 	o.requireMoved(t, o.enqueue(t, 1))
 	if queues := o.rdb.SMembers(t.Context(), "asynq:queues").Val(); !slices.Contains(queues, "notes") {
 		t.Errorf("the queues are %q", queues)
+	}
+}
+
+// Frozen or vanished machines before the right one, or addresses of its name.
+func TestRelay_ReachesAHostBehindSilentOnes(t *testing.T) {
+	t.Parallel()
+	o := setupOutbox(t)
+	u := parseURL(t, o.databaseURL)
+	hosts := u.Host
+	for range 3 {
+		silent, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer silent.Close()
+		hosts = silent.Addr().String() + "," + hosts
+	}
+	query := u.Query()
+	query.Set("connect_timeout", "1")
+	u.RawQuery = query.Encode()
+	want := o.enqueue(t, 1)
+	o.relay(t, func(cfg *Config) { cfg.DB.URL = strings.Replace(u.String(), u.Host, hosts, 1) })
+	o.requireMoved(t, want)
+}
+
+// A role, or a database, may have another isolation and another encoding of its own.
+func TestRelay_SessionDefaultsOfTheDatabaseChangeNothing(t *testing.T) {
+	t.Parallel()
+	o := setupOutbox(t)
+	for _, setting := range []string{"default_transaction_isolation = serializable", "client_encoding = latin1"} {
+		o.exec(t, "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET "+setting+"', current_database()); END $$")
+	}
+	for range 3 {
+		o.relay(t)
+	}
+	want := o.enqueue(t, 50)
+	var id string
+	if err := o.db.QueryRow(t.Context(), `SELECT carpool.enqueue('note:take', '{"text": "caf\u00e9"}')`).Scan(&id); err != nil {
+		t.Fatal(err)
+	}
+	want = append(want, id)
+	slices.Sort(want)
+	o.requireMoved(t, want)
+	info, err := o.inspector.GetTaskInfo("notes", id)
+	if err != nil || string(info.Payload) != `{"text":"café"}` {
+		t.Errorf("the payload is %s, error %v", info.Payload, err)
 	}
 }
 
