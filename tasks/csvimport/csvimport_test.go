@@ -697,23 +697,26 @@ func TestImport_ReadersSeeTheOldTableOrTheNewOne(t *testing.T) {
 
 func TestImport_ManyAtOnceIntoOneTable(t *testing.T) {
 	t.Parallel()
-	for mode, wanted := range map[string]int{"replace": 500, "append": 6 * 500} {
-		t.Run(mode, func(t *testing.T) {
-			t.Parallel()
-			i := newImports(t)
-			i.write(t, "t.csv", "a\n"+strings.Repeat("1\n", 500))
-			var all []<-chan error
-			for range 6 {
-				all = append(all, start(func() error { _, err := i.runFrom(t, mode, "file:///t.csv"); return err }))
-			}
-			for _, done := range all {
-				if err := <-done; err != nil {
-					t.Error(err)
+	for _, isolation := range []string{"read committed", "serializable"} { // of the database's sessions
+		for mode, wanted := range map[string]int{"replace": 500, "append": 6 * 500} {
+			t.Run(mode+", "+isolation, func(t *testing.T) {
+				t.Parallel()
+				i := newImports(t)
+				i.exec(t, "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_isolation = %L', current_database(), '"+isolation+"'); END $$")
+				i.write(t, "t.csv", "a\n"+strings.Repeat("1\n", 500))
+				var all []<-chan error
+				for range 6 {
+					all = append(all, start(func() error { _, err := i.runFrom(t, mode, "file:///t.csv"); return err }))
 				}
-			}
-			want(t, "rows", i.rows(t, "SELECT count(*) FROM imports.t"), []string{strconv.Itoa(wanted)})
-			want(t, "tables", len(i.rows(t, "SELECT 1 FROM pg_class WHERE relnamespace = 'imports'::regnamespace")), 1)
-		})
+				for _, done := range all {
+					if err := <-done; err != nil {
+						t.Error(err)
+					}
+				}
+				want(t, "rows", i.rows(t, "SELECT count(*) FROM imports.t"), []string{strconv.Itoa(wanted)})
+				want(t, "tables", len(i.rows(t, "SELECT 1 FROM pg_class WHERE relnamespace = 'imports'::regnamespace")), 1)
+			})
+		}
 	}
 }
 
