@@ -56,7 +56,7 @@ func arrows() map[string]string {
 		"dev/tour":                   "dev/internal/command dev/data tasks tasks/csvimport tasks/maintenance tasks/webhook internal/servers",
 		"dev/data":                   "",
 		"examples":                   "",
-		"examples/go":                "tasks tasks/rowsprune",
+		"examples/go":                "tasks",
 	}
 	for fact := range strings.FieldsSeq(facts) {
 		allowed[fact] = "dbpool " + facts

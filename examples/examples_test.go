@@ -17,7 +17,6 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/carpool-go/carpool/tasks"
-	"github.com/carpool-go/carpool/tasks/builtin"
 	"github.com/carpool-go/carpool/tasks/taskstest"
 )
 
@@ -39,7 +38,7 @@ func TestExamples_CommitOneJobAndRollBackAnother(t *testing.T) {
 			t.Parallel()
 			program := example.program(t)
 			kit := taskstest.New(t)
-			kinds, err := tasks.NewSet(new(builtin.Tasks))
+			kinds, err := tasks.NewSet(orders{})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -61,13 +60,29 @@ func TestExamples_CommitOneJobAndRollBackAnother(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			want := said[1] + ` rows:prune low {"table": "carpool.webhook_deliveries", "column": "delivered_at", "older_than": "30d"}`
+			want := said[1] + ` order:book low {"number": "A-17", "net_cents": 1000}`
 			if len(got) != 1 || got[0] != want {
 				t.Errorf("the outbox has\n%q, want\n%q", got, want)
 			}
 		})
 	}
 }
+
+// orders is the group of the kind that the examples enqueue, as examples/own has it.
+type orders struct{}
+
+func (orders) Register(s *tasks.Set) {
+	tasks.Register(s, func(context.Context, *tasks.Job, order) (any, error) { return nil, nil })
+}
+
+type order struct {
+	Number   string `json:"number"`
+	NetCents int64  `json:"net_cents"`
+}
+
+func (order) Kind() string           { return "order:book" }
+func (order) Options() tasks.Options { return tasks.Options{} }
+func (order) Validate() error        { return nil }
 
 // producer makes a role that has only what the README grants, with a password
 // that must be encoded in a URL, and returns the URL for it.

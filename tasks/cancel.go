@@ -9,6 +9,7 @@ import (
 	"github.com/hibiken/asynq"
 
 	"github.com/carpool-go/carpool/internal/asynqwire"
+	"github.com/carpool-go/carpool/internal/reason"
 	"github.com/carpool-go/carpool/internal/wait"
 )
 
@@ -62,7 +63,11 @@ func (c *Client) Cancel(ctx context.Context, id string) error {
 			if running {
 				return nil
 			}
-			return fmt.Errorf("tasks: cancel job %s: %w: it is %s", id, ErrJobEnded, info.State)
+			ended := info.State.String()
+			if why, _ := reason.OfArchived(info.LastErr, info.Retried); info.State == asynq.TaskStateArchived && why == reason.Cancelled {
+				ended = reason.Cancelled
+			}
+			return fmt.Errorf("tasks: cancel job %s: %w: it is %s", id, ErrJobEnded, ended)
 		default:
 			if running && asynqwire.IsCancelParked(info.NextProcessAt) {
 				// Its worker is about to finish it, if it still lives.
@@ -81,10 +86,12 @@ func (c *Client) Cancel(ctx context.Context, id string) error {
 				}
 				return nil
 			}
-			if !errors.Is(err, asynq.ErrTaskNotFound) && ctx.Err() != nil {
+			// A job that has begun to run meanwhile can't be deleted, for which asynq has no
+			// error of its own. One that is as it was shows that Redis refuses.
+			now, lookErr := c.inspector.GetTaskInfo(info.Queue, id)
+			if !errors.Is(err, asynq.ErrTaskNotFound) && lookErr == nil && now.State == info.State {
 				return fmt.Errorf("tasks: cancel job %s: %w", id, err)
 			}
-			// It has begun to run meanwhile.
 		}
 		if err := wait.For(ctx, cancelCheck); err != nil {
 			return fmt.Errorf("tasks: cancel job %s: it still runs: %w", id, err)

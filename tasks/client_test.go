@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/hibiken/asynq"
+	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/internal/testservers"
 	"github.com/carpool-go/carpool/internal/unique"
@@ -206,6 +208,76 @@ func TestClient_WaitSaysThatAJobWasCancelled(t *testing.T) {
 	if err := cancelled(0); err != nil {
 		t.Errorf("error %v, want none: it may be done, as it was not to be retained", err)
 	}
+}
+
+// openRedis opens the kit's Redis, by its URL as it is changed.
+func openRedis(t *testing.T, kit *taskstest.Kit, change func(*url.URL)) redis.UniversalClient {
+	t.Helper()
+	at, err := url.Parse(kit.RedisURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	change(at)
+	rdb, err := tasks.OpenRedis(at.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = rdb.Close() })
+	return rdb
+}
+
+func TestClient_AJobThatWasCancelledWhileItRanIsCancelled(t *testing.T) {
+	t.Parallel()
+	kit := taskstest.New(t)
+	rdb, running := openRedis(t, kit, func(*url.URL) {}), make(chan struct{})
+	server := asynq.NewServerFromRedisClient(rdb, asynq.Config{LogLevel: asynq.FatalLevel})
+	err := server.Start(asynq.HandlerFunc(func(ctx context.Context, _ *asynq.Task) error {
+		close(running)
+		<-ctx.Done()
+		return ctx.Err()
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer server.Shutdown()
+	job, err := asynq.NewClientFromRedisClient(rdb).EnqueueContext(t.Context(), asynq.NewTask("parcel:send", []byte(`{"to":"Ada"}`)), asynq.MaxRetry(0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	<-running
+	if err := kit.Client.Cancel(t.Context(), job.ID); err != nil {
+		t.Fatal(err)
+	}
+	info, err := kit.Client.Get(t.Context(), job.Queue, job.ID)
+	if err != nil || info.State != tasks.StateArchived || info.LastError != "cancelled" {
+		t.Errorf("it is %+v, error %v", info, err)
+	}
+	err = kit.Client.Cancel(t.Context(), job.ID)
+	if !errors.Is(err, tasks.ErrJobEnded) || !strings.HasSuffix(err.Error(), ": it is cancelled") {
+		t.Errorf("cancelled again: %v", err)
+	}
+}
+
+func TestClient_CancelReturnsWhatRedisRefuses(t *testing.T) {
+	t.Parallel()
+	kit := taskstest.New(t)
+	info, err := kit.Client.Enqueue(t.Context(), parcel{To: "Ada"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	user, owner := "cannot-delete-"+info.ID, openRedis(t, kit, func(*url.URL) {})
+	if err := owner.Do(t.Context(), "ACL", "SETUSER", user, "on", ">hush", "~*", "&*", "+@all", "-lrem").Err(); err != nil {
+		t.Fatal(err)
+	}
+	defer owner.Do(context.Background(), "ACL", "DELUSER", user)
+	rdb := openRedis(t, kit, func(at *url.URL) { at.User = url.UserPassword(user, "hush") })
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	err = tasks.NewClient(rdb).Cancel(ctx, info.ID)
+	if err == nil || ctx.Err() != nil || errors.Is(err, tasks.ErrNoSuchJob) || errors.Is(err, tasks.ErrJobEnded) {
+		t.Errorf("error %v, want that this user can't run the command", err)
+	}
+	kit.RequireEnqueued(t, parcel{To: "Ada"})
 }
 
 func TestJob_ProgressIsWrittenAtMostOnceASecond(t *testing.T) {

@@ -6,6 +6,7 @@ import (
 	"github.com/hibiken/asynq"
 
 	"github.com/carpool-go/carpool/internal/asynqwire"
+	"github.com/carpool-go/carpool/internal/reason"
 )
 
 // Info is what Redis knows of a job at one moment.
@@ -28,7 +29,8 @@ type Info struct {
 	// Result is that of a job that is done, or what a job that runs shows by
 	// [Job.Progress], as JSON; nil for none.
 	Result []byte
-	// LastError is why the last failed attempt failed; "" if none has.
+	// LastError is why the last failed attempt failed, "cancelled" for a job that was
+	// cancelled while it ran; "" if none has.
 	LastError string
 }
 
@@ -63,6 +65,9 @@ func infoOf(t *asynq.TaskInfo) *Info {
 	if n, ok := asynqwire.MaxRetry(t.Headers); ok {
 		info.MaxRetry = n
 		info.Timeout = max(0, t.Timeout-asynqwire.TimeoutGrace)
+	}
+	if info.State == StateArchived {
+		info.LastError, _ = reason.OfArchived(t.LastErr, t.Retried)
 	}
 	if info.State == StateScheduled || info.State == StateRetry {
 		info.RunAt = t.NextProcessAt

@@ -29,7 +29,8 @@ import (
 //
 // The error is a [PayloadError] for a payload that is not valid, or one for an ID, which
 // leave tx as it was; or Postgres', which aborts tx. What carpool.enqueue refuses is a
-// [pgconn.PgError] with the code 22023 ([pgerrcode.InvalidParameterValue]).
+// [pgconn.PgError] with the code 22023 ([pgerrcode.InvalidParameterValue]), or 42501
+// ([pgerrcode.InsufficientPrivilege]) for a kind that is for operators; see [SQL].
 func (c *Client) EnqueueTx(ctx context.Context, tx interface {
 	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
 }, p Payload, opts *EnqueueOptions,
@@ -72,10 +73,11 @@ func withHint(err error) error {
 }
 
 // The kinds are locked in one order, whoever writes them.
-const recordKindsSQL = `INSERT INTO carpool.kinds AS k (kind, fields, seen_at)
-	SELECT n.kind, n.fields, now() FROM jsonb_to_recordset($1::jsonb) AS n(kind text, fields jsonb) ORDER BY n.kind
-	ON CONFLICT (kind) DO UPDATE SET fields = excluded.fields, seen_at = excluded.seen_at
-	WHERE k.fields IS DISTINCT FROM excluded.fields OR k.seen_at < now() - interval '1 hour'`
+const recordKindsSQL = `INSERT INTO carpool.kinds AS k (kind, fields, operators, seen_at)
+	SELECT n.kind, n.fields, n.operators, now()
+	FROM jsonb_to_recordset($1::jsonb) AS n(kind text, fields jsonb, operators boolean) ORDER BY n.kind
+	ON CONFLICT (kind) DO UPDATE SET fields = excluded.fields, operators = excluded.operators, seen_at = excluded.seen_at
+	WHERE (k.fields, k.operators) IS DISTINCT FROM (excluded.fields, excluded.operators) OR k.seen_at < now() - interval '1 hour'`
 
 // RecordKinds writes the set's kinds and their fields to carpool.kinds, by which the
 // database checks what [Client.EnqueueTx] and the function carpool.enqueue are given.
@@ -91,13 +93,15 @@ func RecordKinds(ctx context.Context, db interface {
 		Optional bool   `json:"optional"`
 	}
 	type kind struct {
-		Kind   string  `json:"kind"`
-		Fields []field `json:"fields"`
+		Kind      string  `json:"kind"`
+		Fields    []field `json:"fields"`
+		Operators bool    `json:"operators"`
 	}
 	kinds := []kind{}
 	for _, name := range s.Kinds() {
-		k := kind{Kind: name, Fields: []field{}}
-		for _, f := range s.byKind[name].Fields {
+		task := s.byKind[name]
+		k := kind{Kind: name, Fields: []field{}, Operators: task.Options.SQL == SQLOperators}
+		for _, f := range task.Fields {
 			k.Fields = append(k.Fields, field{f.Name, f.Type, f.Optional})
 		}
 		kinds = append(kinds, k)

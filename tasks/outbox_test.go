@@ -14,6 +14,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/uuid"
+	"github.com/jackc/pgerrcode"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"pgregory.net/rapid"
@@ -398,6 +399,78 @@ func TestEnqueueSQL_AProducerNeedsUsageAndExecuteAndHasNoMore(t *testing.T) {
 		refused("SELECT FROM carpool." + table)
 		refused("DELETE FROM carpool." + table)
 		refused("INSERT INTO carpool." + table + " DEFAULT VALUES")
+	}
+}
+
+// A producer has the rights that the README grants, and no more power than those.
+func TestEnqueue_WhatIsPowerIsForOperators(t *testing.T) {
+	t.Parallel()
+	kit := taskstest.New(t)
+	set, err := tasks.NewSet(new(builtin.Tasks), new(maintenance.Tasks))
+	if err != nil {
+		t.Fatal(err)
+	}
+	tasks.Register(set, func(context.Context, *tasks.Job, parcel) (any, error) { return nil, nil })
+	if err := tasks.RecordKinds(t.Context(), kit.DB, set); err != nil {
+		t.Fatal(err)
+	}
+	u, err := url.Parse(kit.DatabaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	role := "producer_" + strings.Trim(u.Path, "/")
+	for _, sql := range []string{
+		"CREATE ROLE " + role + " LOGIN PASSWORD 'x'", "GRANT USAGE ON SCHEMA carpool TO " + role,
+		"GRANT EXECUTE ON FUNCTION carpool.enqueue TO " + role,
+	} {
+		if _, err := kit.DB.Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Cleanup(func() {
+		for _, sql := range []string{"DROP OWNED BY " + role, "DROP ROLE " + role} {
+			if _, err := kit.DB.Exec(context.Background(), sql); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	u.User = url.UserPassword(role, "x")
+	producer, err := pgx.Connect(t.Context(), u.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer producer.Close(context.Background())
+	enqueue := func(conn interface {
+		QueryRow(context.Context, string, ...any) pgx.Row
+	}, kind string,
+	) error {
+		task, err := set.Lookup(kind)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return conn.QueryRow(t.Context(), "SELECT carpool.enqueue($1, $2)", kind, task.Example()).Scan(new(string))
+	}
+	power := []string{"carpool:prune", "csv:import", "pool:validate", "rows:prune", "webhook:deliver"}
+	for _, kind := range power {
+		err := enqueue(producer, kind)
+		if e, ok := errors.AsType[*pgconn.PgError](err); !ok || e.Code != pgerrcode.InsufficientPrivilege ||
+			!strings.Contains(e.Message, kind) || e.Hint != "GRANT carpool_operator TO "+role+";" {
+			t.Errorf("%s by a producer: %v", kind, err)
+		}
+		if err := enqueue(kit.DB, kind); err != nil {
+			t.Errorf("%s by the role that migrated: %v", kind, err)
+		}
+	}
+	if err := enqueue(producer, "parcel:send"); err != nil {
+		t.Errorf("a kind for producers: %v", err)
+	}
+	if _, err := kit.DB.Exec(t.Context(), "GRANT carpool_operator TO "+role); err != nil {
+		t.Fatal(err)
+	}
+	for _, kind := range power {
+		if err := enqueue(producer, kind); err != nil {
+			t.Errorf("%s by an operator: %v", kind, err)
+		}
 	}
 }
 

@@ -104,7 +104,22 @@ type Options struct {
 	// means the database's default. A transaction that Postgres could not
 	// serialize is run again at once, up to five times, which uses up no try.
 	Isolation pgx.TxIsoLevel
+	// SQL says who may enqueue the kind by the function carpool.enqueue; "" is
+	// [SQLProducers].
+	SQL SQL
 }
+
+// SQL is who may enqueue a kind of job by the function carpool.enqueue.
+type SQL string
+
+const (
+	// SQLProducers is every role that may execute the function.
+	SQLProducers SQL = ""
+	// SQLOperators is the role that has migrated and its members, members of the role
+	// carpool_operator, and superusers. It is for kinds that are power in the hands of
+	// whoever enqueues them, since they do what the worker's role may.
+	SQLOperators SQL = "operators"
+)
 
 func (o Options) withDefaults() Options {
 	if o.Queue == "" {

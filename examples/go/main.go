@@ -5,6 +5,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log"
 	"os"
@@ -12,8 +13,28 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/carpool-go/carpool/tasks"
-	"github.com/carpool-go/carpool/tasks/rowsprune"
 )
+
+// Order is the payload of a job that workers know as order:book; see examples/own. A
+// service of the same repository would import it.
+type Order struct {
+	Number   string `json:"number"`
+	NetCents int64  `json:"net_cents"`
+}
+
+// Kind implements [tasks.Payload].
+func (Order) Kind() string { return "order:book" }
+
+// Options implements [tasks.Payload].
+func (Order) Options() tasks.Options { return tasks.Options{} }
+
+// Validate implements [tasks.Payload].
+func (o Order) Validate() error {
+	if o.Number == "" {
+		return errors.New("number: must not be empty")
+	}
+	return nil
+}
 
 func main() {
 	if err := run(context.Background()); err != nil {
@@ -29,7 +50,7 @@ func run(ctx context.Context) error {
 	defer conn.Close(ctx)
 
 	var client tasks.Client // the zero client needs no Redis
-	prune := rowsprune.Prune{Table: "carpool.webhook_deliveries", Column: "delivered_at", OlderThan: "30d"}
+	order := Order{Number: "A-17", NetCents: 1000}
 	opts := &tasks.EnqueueOptions{Queue: "low"}
 
 	tx, err := conn.Begin(ctx)
@@ -37,7 +58,7 @@ func run(ctx context.Context) error {
 		return err
 	}
 	defer tx.Rollback(ctx) // does nothing after the commit
-	job, err := client.EnqueueTx(ctx, tx, prune, opts)
+	job, err := client.EnqueueTx(ctx, tx, order, opts)
 	if err != nil {
 		return err
 	}
@@ -50,7 +71,7 @@ func run(ctx context.Context) error {
 	if tx, err = conn.Begin(ctx); err != nil {
 		return err
 	}
-	if job, err = client.EnqueueTx(ctx, tx, prune, opts); err != nil {
+	if job, err = client.EnqueueTx(ctx, tx, order, opts); err != nil {
 		return err
 	}
 	if err := tx.Rollback(ctx); err != nil {

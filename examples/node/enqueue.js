@@ -4,7 +4,7 @@
 
 import pg from "pg";
 
-const prune = { table: "carpool.webhook_deliveries", column: "delivered_at", older_than: "30d" };
+const order = { number: "A-17", net_cents: 1000 };
 
 async function enqueue(client, kind, payload) {
   const { rows } = await client.query("SELECT carpool.enqueue($1, $2, queue => $3) AS id", [kind, payload, "low"]);
@@ -15,12 +15,12 @@ const client = new pg.Client({ connectionString: process.env.DATABASE_URL });
 await client.connect();
 try {
   await client.query("BEGIN"); // your own statements go into the transaction too
-  let job = await enqueue(client, "rows:prune", prune);
+  let job = await enqueue(client, "order:book", order);
   await client.query("COMMIT");
   console.log("committed", job);
 
   await client.query("BEGIN");
-  job = await enqueue(client, "rows:prune", prune);
+  job = await enqueue(client, "order:book", order);
   await client.query("ROLLBACK");
   console.log("rolled back", job);
 } finally {

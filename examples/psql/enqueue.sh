@@ -14,15 +14,15 @@ if [[ $url =~ ^([a-z]+://[^:/@]*):([^@/]*)@(.*)$ ]]; then
 fi
 
 psql "$url" --no-psqlrc --quiet --set ON_ERROR_STOP=1 <<'SQL'
-\set prune '{"table": "carpool.webhook_deliveries", "column": "delivered_at", "older_than": "30d"}'
+\set order '{"number": "A-17", "net_cents": 1000}'
 
 BEGIN; -- your own statements go into the transaction too
-SELECT carpool.enqueue('rows:prune', :'prune', queue => 'low') AS id \gset
+SELECT carpool.enqueue('order:book', :'order', queue => 'low') AS id \gset
 COMMIT;
 \echo committed :id
 
 BEGIN;
-SELECT carpool.enqueue('rows:prune', :'prune', queue => 'low') AS id \gset
+SELECT carpool.enqueue('order:book', :'order', queue => 'low') AS id \gset
 ROLLBACK;
 \echo rolled back :id
 SQL

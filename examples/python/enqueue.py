@@ -9,7 +9,7 @@ import os
 import psycopg2
 from psycopg2.extras import Json
 
-PRUNE = {"table": "carpool.webhook_deliveries", "column": "delivered_at", "older_than": "30d"}
+ORDER = {"number": "A-17", "net_cents": 1000}
 
 
 def enqueue(cursor, kind, payload):
@@ -20,11 +20,11 @@ def enqueue(cursor, kind, payload):
 connection = psycopg2.connect(os.environ["DATABASE_URL"])
 try:
     with connection, connection.cursor() as cursor:  # a transaction: your own statements go here too
-        job = enqueue(cursor, "rows:prune", PRUNE)
+        job = enqueue(cursor, "order:book", ORDER)
     print("committed", job)
 
     with connection.cursor() as cursor:
-        job = enqueue(cursor, "rows:prune", PRUNE)
+        job = enqueue(cursor, "order:book", ORDER)
         connection.rollback()
     print("rolled back", job)
 finally:

@@ -57,7 +57,7 @@ func (Import) Kind() string { return "csv:import" }
 // retention of a day. The isolation is read committed, because imports into one table at
 // once must see each other's.
 func (Import) Options() tasks.Options {
-	return tasks.Options{Timeout: time.Hour, Retention: 24 * time.Hour, Isolation: pgx.ReadCommitted}
+	return tasks.Options{Timeout: time.Hour, Retention: 24 * time.Hour, Isolation: pgx.ReadCommitted, SQL: tasks.SQLOperators}
 }
 
 const (

@@ -45,7 +45,7 @@ func (Prune) Kind() string { return "carpool:prune" }
 // long; a retention of a day; and few retries, because the next run does what this one
 // left undone.
 func (Prune) Options() tasks.Options {
-	return tasks.Options{MaxRetry: 3, Timeout: time.Hour, Retention: 24 * time.Hour}
+	return tasks.Options{MaxRetry: 3, Timeout: time.Hour, Retention: 24 * time.Hour, SQL: tasks.SQLOperators}
 }
 
 // Validate returns what is wrong with the form of Keep.

@@ -19,7 +19,7 @@ func (PoolValidate) Kind() string { return "pool:validate" }
 // Options returns no retries, because the next tick comes anyway, and a retention of an
 // hour, so that the monitor shows what the last ones found.
 func (PoolValidate) Options() tasks.Options {
-	return tasks.Options{MaxRetry: tasks.NoRetry, Timeout: time.Minute, Retention: time.Hour}
+	return tasks.Options{MaxRetry: tasks.NoRetry, Timeout: time.Minute, Retention: time.Hour, SQL: tasks.SQLOperators}
 }
 
 // Validate returns nil, because there are no fields.

@@ -47,7 +47,7 @@ func (Prune) Kind() string { return "rows:prune" }
 // Options returns a timeout of an hour, because the first run on a large table may take
 // that long, and a retention of a day.
 func (Prune) Options() tasks.Options {
-	return tasks.Options{Timeout: time.Hour, Retention: 24 * time.Hour}
+	return tasks.Options{Timeout: time.Hour, Retention: 24 * time.Hour, SQL: tasks.SQLOperators}
 }
 
 // Validate returns what is wrong with the form of the fields. Whether the table and the

@@ -53,7 +53,7 @@ func (Deliver) Kind() string { return "webhook:deliver" }
 // Options returns 60 retries, which the worker's backoff spreads over about a day; a
 // timeout of a minute for each attempt; and a retention of a day.
 func (Deliver) Options() tasks.Options {
-	return tasks.Options{MaxRetry: 60, Timeout: time.Minute, Retention: 24 * time.Hour}
+	return tasks.Options{MaxRetry: 60, Timeout: time.Minute, Retention: 24 * time.Hour, SQL: tasks.SQLOperators}
 }
 
 var eventName = regexp.MustCompile(`^[A-Za-z0-9_.:/-]{1,128}$`)
