@@ -42,15 +42,19 @@ func New(rdb redis.UniversalClient, db *dbpool.Pool) *Admin {
 	return &Admin{rdb, db, asynq.NewInspectorFromRedisClient(rdb), tasks.NewClient(rdb), unique.NewLocks(rdb)}
 }
 
+// ErrNoDatabase is wrapped by the error of [Admin.Cancel] for a job that is not in Redis,
+// but may be in the outbox of a database that [New] was not given.
+var ErrNoDatabase = errors.New("there is no database to look in")
+
 // Cancel cancels a job as [tasks.Client.Cancel] does, and removes one that is still in the
-// outbox. The errors are that method's, or the database's.
+// outbox. The errors are that method's, or the database's, or wrap [ErrNoDatabase].
 func (a *Admin) Cancel(ctx context.Context, id string) error {
 	err := a.client.Cancel(ctx, id)
 	switch {
 	case !errors.Is(err, tasks.ErrNoSuchJob) || !outbox.IsID(id):
 		return err
 	case a.db == nil:
-		return fmt.Errorf("%w in Redis; the outbox was not looked at, as DATABASE_URL is not set", err)
+		return fmt.Errorf("%w in Redis; the outbox was not looked at: %w", err, ErrNoDatabase)
 	}
 	removed, outboxErr := outbox.Remove(ctx, a.db, id)
 	if outboxErr != nil {

@@ -91,10 +91,7 @@ const (
 // IsServed reports whether somebody pulls from a queue: an instance that is up, or another
 // server of asynq's.
 func (s *Status) IsServed(queue string) bool {
-	return slices.Contains(s.ServedQueues, queue) || slices.ContainsFunc(s.Instances, func(i Instance) bool {
-		_, ok := i.Queues[queue]
-		return ok || i.OwnQueue == queue
-	})
+	return slices.Contains(s.ServedQueues, queue)
 }
 
 // Status reads how everything stands. If Redis can't be read, the status is nil and the
@@ -113,7 +110,7 @@ func (a *Admin) Status(ctx context.Context) (*Status, error) {
 		return nil, err
 	}
 	if a.db == nil {
-		now.OutboxNote = "not read, as DATABASE_URL is not set"
+		now.OutboxNote = "not read: " + ErrNoDatabase.Error()
 		return now, nil
 	}
 	now.Outbox, err = a.outbox(ctx, now.Instances)

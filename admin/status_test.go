@@ -222,7 +222,7 @@ func TestStatus_WithoutTheOutboxHasTheRestAndSaysWhy(t *testing.T) {
 		note  string
 		err   string // "": none
 	}{
-		"no database":           {o.Admin, "not read, as DATABASE_URL is not set", ""},
+		"no database":           {o.Admin, "not read: there is no database to look in", ""},
 		"one without tables":    {admin.New(o.rdb, openDatabase(t, testservers.Postgres(t))), "this database has no table carpool.outbox; run the command migrate", ""},
 		"one that is not there": {admin.New(o.rdb, openDatabase(t, "postgres://user:s3cr3t@127.0.0.1:1/app")), "it could not be read", "look at the outbox: "},
 	} {

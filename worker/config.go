@@ -33,7 +33,7 @@ type Config struct {
 	Groups []tasks.Group
 	// Schedules are entries that the worker brings along, besides carpool's own.
 	Schedules []scheduler.Entry
-	// Queues are those to pull from, with their weights, 1 to 1000; nil means
+	// Queues are those to pull from, with their weights, 1 to [MaxWeight]; nil means
 	// critical=6, default=3, low=1.
 	Queues map[string]int
 	// Concurrency is how many jobs run at once, up to [MaxConcurrency]; 0 means 10.
@@ -69,8 +69,8 @@ const (
 	MaxConcurrency = 10_000
 	// MaxFetchers is more fetch loops than bring anything.
 	MaxFetchers = 64
-	// maxWeight is the largest weight of a queue.
-	maxWeight = 1000
+	// MaxWeight is the largest weight of a queue.
+	MaxWeight = 1000
 )
 
 func (c Config) withDefaults() Config {
@@ -141,8 +141,8 @@ func (c Config) Validate() error {
 		if strings.HasPrefix(queue, instance.QueuePrefix) {
 			add("Queues: %q: names that begin with %s are the instances' own", queue, instance.QueuePrefix)
 		}
-		if weight := c.Queues[queue]; weight < 1 || weight > maxWeight {
-			add("Queues: %q has the weight %d, which is not from 1 to %d", queue, weight, maxWeight)
+		if weight := c.Queues[queue]; weight < 1 || weight > MaxWeight {
+			add("Queues: %q has the weight %d, which is not from 1 to %d", queue, weight, MaxWeight)
 		}
 	}
 	if c.Concurrency < 1 || c.Concurrency > MaxConcurrency {

@@ -93,7 +93,8 @@ func TestConfig_ValidateNamesEveryFaultAndNoSecret(t *testing.T) {
 		Groups: []tasks.Group{&Shop{}, &Shop{}}, Queues: map[string]int{"a b": 1, "instance-x": 1, "low": 1001},
 		Schedules: []scheduler.Entry{
 			{Name: "carpool-prune", Cron: "@daily", Payload: prune},
-			{Name: "twice", Cron: "@daily", Payload: prune}, {Name: "twice", Cron: "@daily", Payload: prune},
+			{Name: "twice", Cron: "@daily", Payload: prune},
+			{Name: "twice", Cron: "@daily", Payload: prune},
 			{Name: "never", Cron: "x", Payload: prune},
 		},
 		Concurrency: 10_001, Fetchers: 65, ValidateEvery: time.Millisecond, OutboundAllow: "10.0.0.0/99",

@@ -2,7 +2,6 @@ package cli
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"text/tabwriter"
@@ -52,9 +51,9 @@ func (s archiveSelection) choose(ctx context.Context, in *invocation, a *admin.A
 	filtered := filter != (admin.ArchiveFilter{})
 	switch {
 	case len(s.IDs) == 0 && !s.All && !filtered:
-		return nil, configError("which jobs? Give their ids, or --kind, --reason or --queue, or --all")
+		return nil, argumentError("which jobs? Give their ids, or --kind, --reason or --queue, or --all")
 	case len(s.IDs) > 0 && s.All:
-		return nil, configError("ids and --all don't go together")
+		return nil, argumentError("ids and --all don't go together")
 	}
 	jobs, err := a.Archived(ctx, filter)
 	if err != nil || len(s.IDs) == 0 {
@@ -85,7 +84,7 @@ type archiveLsCmd struct {
 // Run lists the jobs.
 func (c *archiveLsCmd) Run(ctx context.Context, in *invocation) error {
 	if c.Limit != nil && *c.Limit < 1 {
-		return configError(fmt.Sprintf("--limit: %d is less than 1", *c.Limit))
+		return argumentError(fmt.Sprintf("--limit: %d is less than 1", *c.Limit))
 	}
 	return in.archive(c.redisSettings, func(a *admin.Admin) error {
 		jobs, err := a.Archived(ctx, c.of())
@@ -97,25 +96,19 @@ func (c *archiveLsCmd) Run(ctx context.Context, in *invocation) error {
 			jobs = jobs[:*c.Limit]
 		}
 		if c.JSON {
-			enc := json.NewEncoder(in.stdout)
-			for _, job := range jobs {
-				if err := enc.Encode(job); err != nil {
-					return err
-				}
-			}
-			return nil
+			return printLines(in.stdout, jobs)
 		}
 		w := tabwriter.NewWriter(in.stdout, 0, 0, 2, ' ', 0)
 		fmt.Fprintln(w, "ID\tKIND\tQUEUE\tTRIES\tARCHIVED\tREASON")
 		for _, job := range jobs {
-			fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%s\t%s\n", job.ID, job.Kind, job.Queue, job.Tries, job.ArchivedAt.Format(time.DateTime), printable(job.Reason))
+			fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%s\t%s\n", printable(job.ID), printable(job.Kind), printable(job.Queue), job.Tries, job.ArchivedAt.Format(time.DateTime), printable(job.Reason))
 		}
 		if err := w.Flush(); err != nil {
 			return err
 		}
 		full, err := a.NearlyFull(ctx)
 		for _, queue := range full {
-			fmt.Fprintf(in.stderr, "the archive of queue %s is nearly full: beyond %d jobs, or after 90 days, the oldest are dropped\n", queue, admin.ArchiveLimit)
+			fmt.Fprintf(in.stderr, "the archive of queue %s is nearly full: beyond %d jobs, or after 90 days, the oldest are dropped\n", printable(queue), admin.ArchiveLimit)
 		}
 		return err
 	})
@@ -138,7 +131,7 @@ func (c *archiveShowCmd) Run(ctx context.Context, in *invocation) error {
 		job := jobs[0]
 		w := tabwriter.NewWriter(in.stdout, 0, 0, 2, ' ', 0)
 		fmt.Fprintf(w, "id\t%s\nkind\t%s\nqueue\t%s\ntries\t%d\narchived\t%s\nreason\t%s\n",
-			job.ID, job.Kind, job.Queue, job.Tries, job.ArchivedAt.Format(time.RFC3339), job.Reason)
+			printable(job.ID), printable(job.Kind), printable(job.Queue), job.Tries, job.ArchivedAt.Format(time.RFC3339), oneLine(job.Reason))
 		if c.Payload {
 			fmt.Fprintf(w, "payload\t%s\n", job.Payload)
 		} else {
@@ -180,13 +173,13 @@ func (s archiveSelection) change(ctx context.Context, in *invocation, done strin
 				continue // somebody else was faster
 			}
 			if duplicate, ok := errors.AsType[*tasks.DuplicateError](err); ok {
-				fmt.Fprintf(in.stderr, "%s %s stays: job %s holds its unique key by now\n", job.ID, job.Kind, duplicate.ID)
+				fmt.Fprintf(in.stderr, "%s %s stays: job %s holds its unique key by now\n", printable(job.ID), printable(job.Kind), printable(duplicate.ID))
 				continue
 			}
 			if err != nil {
 				return fmt.Errorf("%w (%d of %d jobs were %s)", err, n, len(jobs), done)
 			}
-			fmt.Fprintf(in.stdout, "%s %s %s\n", job.ID, job.Kind, done)
+			fmt.Fprintf(in.stdout, "%s %s %s\n", printable(job.ID), printable(job.Kind), done)
 			n++
 		}
 		if len(jobs) == 0 {

@@ -107,3 +107,29 @@ func TestArchive_ShowsWhatIsThereAndWhyAndPutsItBackOrDeletesIt(t *testing.T) {
 		return err != nil || info.State != asynq.TaskStatePending
 	})
 }
+
+func TestArchive_NamesCanNotMoveTheCursor(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	const evil = "\x1b[2J\r\n"
+	info, err := asynq.NewClientFromRedisClient(b.Redis(t)).EnqueueContext(t.Context(),
+		asynq.NewTask("kind"+evil, nil), asynq.TaskID("id"+evil), asynq.Queue("queue"+evil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	id := info.ID
+	if err := b.Inspector.ArchiveTask(info.Queue, id); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{{"ls"}, {"show", id}, {"retry", id}, {"delete", id}} {
+		if args[0] == "delete" {
+			if err := b.Inspector.ArchiveTask("queue"+evil, id); err != nil {
+				t.Fatal(err)
+			}
+		}
+		stdout, stderr, code := b.run(t, nil, append([]string{"archive"}, args...)...)
+		if code != 0 || strings.ContainsAny(stdout+stderr, "\x1b\r") || !strings.Contains(stdout, "id [2J") || !strings.Contains(stdout, "kind [2J") {
+			t.Errorf("%q: exit code %d\n%q", args, code, stdout+stderr)
+		}
+	}
+}

@@ -16,6 +16,7 @@ import (
 	"github.com/alecthomas/kong"
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/carpool-go/carpool/internal/testservers"
 	"github.com/carpool-go/carpool/scheduler"
 	"github.com/carpool-go/carpool/tasks"
 	"github.com/carpool-go/carpool/tasks/builtin"
@@ -158,6 +159,12 @@ func TestProgram_SpeaksOfItselfByItsName(t *testing.T) {
 		"a command in a command":        {nil, []string{"schedule", "add", "nightly"}, exitUsage, "\nTry: shop schedule add --help\n"},
 		"which command in a command":    {nil, []string{"archive"}, exitUsage, "\nTry: shop archive --help\n"},
 		"a flag of the default command": {nil, []string{"--burst=perhaps"}, exitUsage, "\nTry: shop --help\n"},
+		"which jobs of the outbox":      {nil, []string{"outbox", "retry"}, exitUsage, "or --all\nTry: shop outbox retry --help\n"},
+		"which jobs of the archive":     {servers, []string{"archive", "delete"}, exitUsage, "or --all\nTry: shop archive delete --help\n"},
+		"a limit of none":               {servers, []string{"archive", "ls", "--limit", "0"}, exitUsage, "--limit: 0 is less than 1\nTry: shop archive ls --help\n"},
+		"an entry that is wrong":        {servers, []string{"schedule", "add", "a b", "daily", "shop:oder"}, exitUsage, "\nTry: shop schedule add --help\n"},
+		"a flag that is wrong":          {servers, []string{"enqueue", "shop:order", `{"item": "tea"}`, "--max-retry=-1"}, exitUsage, "which is no retry\nTry: shop enqueue --help\n"},
+		"a setting that is missing":     {nil, []string{"outbox", "ls"}, exitUsage, exampleDatabaseURL + "\n"},
 		"a kind that there isn't":       {nil, []string{"enqueue", "shop:oder", "{}"}, exitUsage, `shop: kind: unknown kind "shop:oder": this program knows `},
 		"a payload that is wrong":       {nil, []string{"enqueue", "shop:order", "{"}, exitUsage, "for example: shop enqueue shop:order '"},
 		"a job that there isn't":        {servers, []string{"cancel", "nobody"}, exitFailed, "shop: "},
@@ -174,6 +181,9 @@ func TestProgram_SpeaksOfItselfByItsName(t *testing.T) {
 			stdout, stderr, code := shop(c.env, new(orders)).run(t, c.args...)
 			if code != c.code || !strings.Contains(stdout+stderr, c.want) {
 				t.Errorf("exit code %d, want %d and %q in\n%s%s", code, c.code, c.want, stdout, stderr)
+			}
+			if strings.HasPrefix(name, "a setting") && strings.Contains(stderr, "Try: ") {
+				t.Errorf("it points to the help, where settings have no fault:\n%s", stderr)
 			}
 			if as := asProgram.FindString(stdout + stderr); as != "" {
 				t.Errorf("it calls itself %q:\n%s%s", as, stdout, stderr)
@@ -243,6 +253,35 @@ func TestProgram_GroupsThatDoNotGoTogetherAreOneErrorForEveryCommandThatNeedsThe
 	want := "shop: the groups of tasks don't go together:\n  group 2 of 3 is nil\n  *cli.orders.Limit: the variable ORDERS_LIMIT is taken by *cli.orders.Limit\n"
 	if code != exitUsage || !strings.HasPrefix(stderr, want) {
 		t.Errorf("two groups with one variable: exit code %d\n%s", code, stderr)
+	}
+}
+
+// taker has settings of names that commands have themselves.
+type taker struct {
+	JSON string `env:"JSON"`
+	Addr string `env:"MONITOR_ADDR"`
+}
+
+func (*taker) Register(*tasks.Set) {}
+
+func TestProgram_ASettingOfAnyCommandsNameIsRefused(t *testing.T) {
+	t.Parallel()
+	_, stderr, code := shop(nil, new(taker)).run(t, "version")
+	want := "shop: the groups of tasks don't go together:\n" +
+		"  *cli.taker.JSON: the flag --json is one of the program's own\n" +
+		"  *cli.taker.Addr: the variable MONITOR_ADDR is one of the program's own\n"
+	if code != exitUsage || stderr != want {
+		t.Errorf("exit code %d\n%s", code, stderr)
+	}
+}
+
+func TestCancel_WithoutTheDatabaseSaysThatTheOutboxWasNotLookedAt(t *testing.T) {
+	t.Parallel()
+	const id = "0b5e3c57-3f0f-4cfa-9f3a-6f4f5c3d2a10"
+	_, stderr, code := shop(map[string]string{"REDIS_URL": testservers.Redis(t)}).run(t, "cancel", id)
+	want := "shop: tasks: cancel job " + id + ": there is no such job in Redis; the outbox was not looked at, as DATABASE_URL is not set\n"
+	if code != exitFailed || stderr != want {
+		t.Errorf("exit code %d\n%s", code, stderr)
 	}
 }
 
@@ -418,9 +457,9 @@ func (waitCmd) Run(ctx context.Context) error {
 
 func TestMain_SignalsEndAnyCommandTheSecondAtOnce(t *testing.T) {
 	t.Parallel()
-	start := func(command string) (*exec.Cmd, *workertest.Log) {
-		cmd, log := exec.Command(os.Args[0], command), workertest.NewLog()
-		cmd.Env, cmd.Stderr = []string{asStubborn + "=1"}, log
+	start := func(stdin io.Reader, command ...string) (*exec.Cmd, *workertest.Log) {
+		cmd, log := exec.Command(os.Args[0], command...), workertest.NewLog()
+		cmd.Env, cmd.Stdin, cmd.Stderr = []string{asStubborn + "=1"}, stdin, log
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
@@ -432,14 +471,33 @@ func TestMain_SignalsEndAnyCommandTheSecondAtOnce(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	cmd, log := start("wait")
+	cmd, log := start(nil, "wait")
 	log.Wait(t, "waiting")
 	signal(cmd, syscall.SIGINT)
 	_ = cmd.Wait() // the exit code tells
 	if code := cmd.ProcessState.ExitCode(); code != exitFailed || !strings.HasSuffix(log.String(), "stubborn: interrupt\n") {
 		t.Errorf("after one signal: exit code %d\n%s", code, log)
 	}
-	cmd, log = start("dig")
+	for _, args := range [][]string{{"enqueue", "carpool:prune", "-"}, {"schedule", "add", "nightly", "@daily", "carpool:prune", "-"}} {
+		read, write, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		cmd, log := start(read, args...)
+		_ = read.Close()
+		if _, err := write.Write(make([]byte, 1<<20)); err != nil { // more than a pipe holds: it reads
+			t.Fatal(err)
+		}
+		signal(cmd, syscall.SIGINT)
+		giveUp := time.AfterFunc(time.Minute, func() { _ = cmd.Process.Kill() })
+		_ = cmd.Wait()
+		giveUp.Stop()
+		if code := cmd.ProcessState.ExitCode(); code != exitFailed || log.String() != "stubborn: interrupt\n" {
+			t.Errorf("after one signal while it reads, %q: exit code %d\n%s", args, code, log)
+		}
+		_ = write.Close()
+	}
+	cmd, log = start(nil, "dig")
 	log.Wait(t, "digging")
 	signal(cmd, syscall.SIGTERM)
 	log.Wait(t, "still digging")

@@ -13,7 +13,6 @@ import (
 
 	"github.com/alecthomas/kong"
 
-	"github.com/carpool-go/carpool/dbpool"
 	"github.com/carpool-go/carpool/internal/startup"
 	"github.com/carpool-go/carpool/tasks"
 	"github.com/carpool-go/carpool/worker"
@@ -30,7 +29,7 @@ func (in *invocation) run(ctx context.Context, args []string) (err error) {
 			panic(p)
 		}
 	}()
-	own, err := namesOf(new(runCmd), new(globalFlags))
+	own, err := namesOf(new(runCmd), new(configCmd), new(monitorCmd), new(globalFlags))
 	if err != nil {
 		return err
 	}
@@ -71,7 +70,23 @@ func (in *invocation) run(ctx context.Context, args []string) (err error) {
 			return err
 		}
 	}
-	return command.Run()
+	err = command.Run()
+	if wrong, ok := errors.AsType[argumentError](err); ok {
+		return usageError{wrong, in.pathOf(command)}
+	}
+	return err
+}
+
+// pathOf returns the names of a command that was parsed, with the program's name before
+// them.
+func (in *invocation) pathOf(command *kong.Context) string {
+	path := in.Name
+	for _, at := range command.Path {
+		if at.Command != nil {
+			path += " " + at.Command.Name
+		}
+	}
+	return path
 }
 
 // commandOf returns the command that a fault of the command line belongs to, as it was
@@ -135,7 +150,7 @@ func (m *migrateCmd) Run(ctx context.Context, in *invocation) error {
 		return err
 	}
 	f := in.faults()
-	url := f.databaseURL(m.DatabaseURL)
+	f.databaseURL(m.DatabaseURL)
 	timeout := f.startup(m.startupSettings)
 	level, format := f.log(m.logSettings)
 	if err := f.err(); err != nil {
@@ -145,15 +160,15 @@ func (m *migrateCmd) Run(ctx context.Context, in *invocation) error {
 	for _, line := range in.misspelt() {
 		log.Warn(line)
 	}
-	db, err := dbpool.Open(ctx, dbpool.DefaultConfig(url))
+	db, err := m.open(in, log)
 	if err != nil {
 		return err
 	}
 	defer db.Close()
-	if err := startup.Wait(ctx, timeout, log, startup.Server{Variable: "DATABASE_URL", URL: url, Check: db.Ping}); err != nil {
+	if err := startup.Wait(ctx, timeout, log, startup.Server{Variable: "DATABASE_URL", URL: m.DatabaseURL, Check: db.Ping}); err != nil {
 		return err
 	}
-	err, _ = startup.Explain("DATABASE_URL", url, worker.Migrate(ctx, url, log, in.Groups...))
+	err, _ = startup.Explain("DATABASE_URL", m.DatabaseURL, worker.Migrate(ctx, m.DatabaseURL, log, in.Groups...))
 	return err
 }
 
@@ -187,10 +202,7 @@ func (c *configCmd) Run(command *kong.Context, in *invocation) error {
 	list := append(shownSettings(reflect.ValueOf(c.runSettings), source), in.settings.shown(source)...)
 	var err error
 	if c.JSON {
-		lines := json.NewEncoder(in.stdout)
-		for _, s := range list {
-			err = errors.Join(err, lines.Encode(s))
-		}
+		err = printLines(in.stdout, list)
 	} else {
 		err = printSettings(in.stdout, list)
 	}
@@ -239,6 +251,17 @@ func shownSettings(settings reflect.Value, source func(variable string) string) 
 		list = append(list, shownSetting{name, redact(name, settings.Field(i).String()), field.Tag.Get("default"), source(name)})
 	}
 	return list
+}
+
+// printLines prints a JSON object a line.
+func printLines[T any](out io.Writer, list []T) error {
+	lines := json.NewEncoder(out)
+	for _, object := range list {
+		if err := lines.Encode(object); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // printSettings prints a line for each setting, for people.

@@ -3,7 +3,6 @@ package cli
 import (
 	"fmt"
 	"log/slog"
-	"net/url"
 	"regexp"
 	"slices"
 	"strconv"
@@ -91,6 +90,7 @@ func (r *runSettings) config(in *invocation) (worker.Config, error) {
 		StartupTimeout:  orNone(f.startup(r.startupSettings)),
 		ValidateEvery:   f.duration("DB_POOL_VALIDATE_EVERY", r.ValidateEvery, time.Second, "1m"),
 		OutboundAllow:   f.outbound(r.OutboundAllow),
+		Name:            in.Env("RENDER_INSTANCE_ID"),
 		Version:         in.Version,
 	}
 	f.log(r.logSettings)
@@ -134,11 +134,17 @@ func (f *faults) err() error {
 	return configError(fmt.Sprintf("%d settings are wrong:\n  %s", len(f.list), strings.Join(f.list, "\n  ")))
 }
 
-// configError is a fault that only the person who starts the worker can mend:
-// the worker exits with code 2.
+// configError is a fault of the settings, or of the program, that only the person who
+// starts the worker can mend: the worker exits with code 2.
 type configError string
 
 func (e configError) Error() string { return string(e) }
+
+// argumentError is a fault of a command's flags and arguments that is found when the
+// command runs: the program exits with code 2, and points to the command's help.
+type argumentError string
+
+func (e argumentError) Error() string { return string(e) }
 
 const (
 	exampleRedisURL    = "redis://localhost:6379/0"
@@ -170,6 +176,8 @@ func (f *faults) databaseURL(value string) string {
 		f.add("DATABASE_URL", "is given as a flag with a password in it, which everybody on the machine can read in the list of processes; set the variable instead", exampleDatabaseURL)
 	case !strings.HasPrefix(value, "postgres://") && !strings.HasPrefix(value, "postgresql://"):
 		f.add("DATABASE_URL", "is wrong: it must begin with postgres:// or postgresql://", exampleDatabaseURL)
+	case bareParam.MatchString(redactURL(value)): // pgx' error would show it
+		f.add("DATABASE_URL", "is wrong: a parameter of the URL has no value", exampleDatabaseURL)
 	default:
 		if err := dbpool.DefaultConfig(value).Validate(); err != nil {
 			f.add("DATABASE_URL", "is wrong: "+strings.TrimPrefix(err.Error(), "dbpool: "), exampleDatabaseURL)
@@ -179,12 +187,9 @@ func (f *faults) databaseURL(value string) string {
 }
 
 // secretInFlag reports whether value came from a flag, not from the variable
-// name, and has a password in it.
+// name, and may have a password in it.
 func (f *faults) secretInFlag(name, value string) bool {
-	if value == f.env(name) {
-		return false
-	}
-	return redactURL(value) != value
+	return value != f.env(name) && strings.ContainsAny(value, "@=") && redactURL(value) != value
 }
 
 func (f *faults) pool(db databaseSettings, p poolSettings) dbpool.Config {
@@ -256,8 +261,8 @@ func (f *faults) queues(value string) map[string]int {
 		n := 1
 		if weighted {
 			var err error
-			if n, err = strconv.Atoi(weight); err != nil || n < 1 || n > 1000 {
-				f.add(name, fmt.Sprintf("gives %q the weight %q, which is not a whole number from 1 to 1000", queue, weight), example)
+			if n, err = strconv.Atoi(weight); err != nil || n < 1 || n > worker.MaxWeight {
+				f.add(name, fmt.Sprintf("gives %q the weight %q, which is not a whole number from 1 to %d", queue, weight, worker.MaxWeight), example)
 			}
 		}
 		if !asynqwire.IsQueueName(queue) {
@@ -274,35 +279,56 @@ func (f *faults) queues(value string) map[string]int {
 	return queues
 }
 
-// secretParam matches the names of URL parameters whose values aren't shown.
-var secretParam = regexp.MustCompile(`(?i)pass|secret|token|key`)
+// shownURL is a URL of which a password can be told from the rest: its scheme, user,
+// password, hosts, path and query. A host may be missing before a path, where a parameter
+// names a socket.
+var shownURL = regexp.MustCompile(`^(?i:([a-z][a-z0-9+.-]*://)(?:([^:/?#@]*)(:[^/?#]*)?@)?` +
+	`((?:[\w.%-]+|\[[\da-f:.%]+\])(?::\d+)?(?:,(?:[\w.%-]+|\[[\da-f:.%]+\])(?::\d+)?)*(?:/[^?#@]*)?|/[\w.-]*)` +
+	`(?:\?([^#@]*))?)$`)
 
-// redactURL returns the URL with its password, and what else may be secret in
-// it, replaced by ***.
+// shownParam matches the names of URL parameters whose values are no secrets: those of
+// Postgres, of pgx and its pool, of Redis, and the client's certificates by their files.
+var shownParam = regexp.MustCompile(`^(?i:ssl(mode|rootcert|cert|crl|sni|negotiation)|(fallback_)?application_name|` +
+	`connect_timeout|target_session_attrs|host(addr)?|port|user|dbname|channel_binding|gssencmode|krbsrvname|` +
+	`(min|max)_protocol_version|keepalives\w*|tcp_user_timeout|load_balance_hosts|client_encoding|search_path|timezone|` +
+	`\w*_timeout|statement_cache_\w+|description_cache_\w+|default_query_exec_mode|default_transaction_\w+|` +
+	`pool_\w+|master|db|protocol)$`)
+
+// bareParam matches a parameter without a name in what redactURL returns.
+var bareParam = regexp.MustCompile(`[?&]\*\*\*`)
+
+// redactURL returns the URL as it may be shown: with *** for its password, and for the
+// values of parameters that are not known to be harmless. All of a text is *** in which a
+// password can't be told from the rest.
 func redactURL(raw string) string {
 	if raw == "" {
 		return ""
 	}
-	u, err := url.Parse(raw)
-	if err != nil {
-		// Several hosts with ports are no authority to net/url.
-		if scheme, rest, ok := strings.Cut(raw, "://"); ok {
-			host := rest[strings.LastIndexByte(rest, '@')+1:]
-			host, _, _ = strings.Cut(host, "?")
-			return scheme + "://***@" + host
-		}
+	part := shownURL.FindStringSubmatch(raw)
+	if part == nil {
 		return "***"
 	}
-	if _, has := u.User.Password(); has {
-		u.User = url.UserPassword(u.User.Username(), "***")
+	scheme, user, password, location, query := part[1], part[2], part[3], part[4], part[5]
+	shown := scheme
+	switch {
+	case password != "":
+		shown += user + ":***@"
+	case user != "":
+		shown += user + "@"
 	}
-	if q := u.Query(); u.RawQuery != "" {
-		for name := range q {
-			if secretParam.MatchString(name) {
-				q.Set(name, "***")
-				u.RawQuery = q.Encode()
-			}
+	shown += location
+	if query == "" {
+		return shown
+	}
+	params := strings.Split(query, "&")
+	for i, param := range params {
+		name, value, named := strings.Cut(param, "=")
+		switch {
+		case !named:
+			params[i] = "***"
+		case !shownParam.MatchString(name) || strings.ContainsAny(value, "=;"):
+			params[i] = name + "=***"
 		}
 	}
-	return strings.ReplaceAll(u.String(), "%2A%2A%2A", "***")
+	return shown + "?" + strings.Join(params, "&")
 }

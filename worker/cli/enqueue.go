@@ -38,7 +38,7 @@ const retentionForWait = 5 * time.Minute
 
 // Run enqueues the job, and waits for its end if it is to.
 func (e *enqueueCmd) Run(ctx context.Context, in *invocation) error {
-	payload, err := in.readPayload(e.Kind, e.Payload, in.exampleLine)
+	payload, err := in.readPayload(ctx, e.Kind, e.Payload, in.exampleLine)
 	if err != nil {
 		return err
 	}
@@ -82,7 +82,7 @@ func (e *enqueueCmd) enqueue(ctx context.Context, in *invocation, rdb redis.Univ
 
 // readPayload reads a command's payload of a kind from its argument, or for "-" from
 // stdin. example shows what would be right.
-func (in *invocation) readPayload(kind, arg string, example func(*tasks.Task) string) (tasks.Payload, error) {
+func (in *invocation) readPayload(ctx context.Context, kind, arg string, example func(*tasks.Task) string) (tasks.Payload, error) {
 	set, err := in.kinds()
 	if err != nil {
 		return nil, err
@@ -93,15 +93,36 @@ func (in *invocation) readPayload(kind, arg string, example func(*tasks.Task) st
 	}
 	data := []byte(arg)
 	if arg == "-" {
-		if data, err = io.ReadAll(in.stdin); err != nil {
-			return nil, fmt.Errorf("read the payload from standard input: %w", err)
+		if data, err = in.readStdin(ctx); err != nil {
+			return nil, err
 		}
 	}
 	payload, err := task.Decode(data)
 	if err != nil {
-		return nil, configError(fmt.Sprintf("%v; for example: %s", err, example(task)))
+		return nil, argumentError(fmt.Sprintf("%v; for example: %s", err, example(task)))
 	}
 	return payload, nil
+}
+
+// readStdin reads all of stdin until ctx ends. The read itself knows no context, so that it
+// may go on after that, for as long as the process does.
+func (in *invocation) readStdin(ctx context.Context) ([]byte, error) {
+	var data []byte
+	read := make(chan error, 1)
+	go func() {
+		var err error
+		data, err = io.ReadAll(in.stdin)
+		read <- err
+	}()
+	select {
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	case err := <-read:
+		if err != nil {
+			return nil, fmt.Errorf("read the payload from standard input: %w", err)
+		}
+		return data, nil
+	}
 }
 
 // maxRetryFlag is [tasks.Options.MaxRetry] for --max-retry, which is nil if it is not
@@ -111,7 +132,7 @@ func maxRetryFlag(n *int) (int, error) {
 	case n == nil:
 		return 0, nil
 	case *n < 0:
-		return 0, configError(fmt.Sprintf("--max-retry: %d is less than 0, which is no retry", *n))
+		return 0, argumentError(fmt.Sprintf("--max-retry: %d is less than 0, which is no retry", *n))
 	case *n == 0:
 		return tasks.NoRetry, nil
 	}
@@ -121,10 +142,10 @@ func maxRetryFlag(n *int) (int, error) {
 func (e *enqueueCmd) options(kind tasks.Options) (*tasks.EnqueueOptions, error) {
 	opts := &tasks.EnqueueOptions{Queue: e.Queue, RunAt: e.At, UniqueKey: e.Unique}
 	if e.Queue != "" && !asynqwire.IsQueueName(e.Queue) {
-		return nil, configError(fmt.Sprintf("--queue: %q is no queue's name: letters, digits, and _ . : -", e.Queue))
+		return nil, argumentError(fmt.Sprintf("--queue: %q is no queue's name: letters, digits, and _ . : -", e.Queue))
 	}
 	if e.In < 0 {
-		return nil, configError(fmt.Sprintf("--in: %s has passed", e.In))
+		return nil, argumentError(fmt.Sprintf("--in: %s has passed", e.In))
 	}
 	if e.In > 0 {
 		opts.RunAt = time.Now().Add(e.In)
@@ -134,10 +155,10 @@ func (e *enqueueCmd) options(kind tasks.Options) (*tasks.EnqueueOptions, error) 
 		return nil, err
 	}
 	if t := e.Timeout; t != 0 && (t < time.Second || t > scheduler.MaxTimeout) {
-		return nil, configError(fmt.Sprintf("--timeout: %s is not from 1s to 30 days", t))
+		return nil, argumentError(fmt.Sprintf("--timeout: %s is not from 1s to 30 days", t))
 	}
 	if r := e.Retention; r != 0 && (r < time.Second || r > scheduler.MaxRetention) {
-		return nil, configError(fmt.Sprintf("--retention: %s is not from 1s to 366 days", r))
+		return nil, argumentError(fmt.Sprintf("--retention: %s is not from 1s to 366 days", r))
 	}
 	opts.Timeout, opts.Retention = e.Timeout, e.Retention
 	if e.Wait {

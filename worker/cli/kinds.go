@@ -26,20 +26,28 @@ func (c *kindsCmd) Run(in *invocation) error {
 	if c.Kind != "" {
 		kinds = []string{c.Kind}
 	}
-	for i, kind := range kinds {
+	var list []*tasks.Task
+	for _, kind := range kinds {
 		task, err := lookup(set, kind)
 		if err != nil {
 			return err
 		}
-		if i > 0 && !c.JSON {
+		list = append(list, task)
+	}
+	if c.JSON {
+		lines := make([]kindJSON, len(list))
+		for i, task := range list {
+			lines[i] = kindOf(task)
+		}
+		return printLines(in.stdout, lines)
+	}
+	for i, task := range list {
+		if i > 0 {
 			fmt.Fprintln(in.stdout)
 		}
-		switch {
-		case c.JSON:
-			err = json.NewEncoder(in.stdout).Encode(kindOf(task))
-		case c.Kind != "":
+		if c.Kind != "" {
 			err = in.printKind(task)
-		default:
+		} else {
 			err = in.printKindInShort(task)
 		}
 		if err != nil {
@@ -53,7 +61,7 @@ func (c *kindsCmd) Run(in *invocation) error {
 func lookup(set *tasks.Set, kind string) (*tasks.Task, error) {
 	task, err := set.Lookup(kind)
 	if err != nil {
-		return nil, configError("kind: " + strings.Replace(err.Error(), "this worker knows", "this program knows", 1))
+		return nil, argumentError("kind: " + strings.Replace(err.Error(), "this worker knows", "this program knows", 1))
 	}
 	return task, nil
 }

@@ -2,7 +2,6 @@ package cli
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"text/tabwriter"
 	"time"
@@ -52,7 +51,7 @@ type outboxLsCmd struct {
 // Run lists the jobs.
 func (c *outboxLsCmd) Run(ctx context.Context, in *invocation) error {
 	if c.Limit != nil && *c.Limit < 1 {
-		return configError(fmt.Sprintf("--limit: %d is less than 1", *c.Limit))
+		return argumentError(fmt.Sprintf("--limit: %d is less than 1", *c.Limit))
 	}
 	return in.outbox(c.databaseSettings, func(a *admin.Admin) error {
 		filter := c.of(c.outboxState)
@@ -68,13 +67,7 @@ func (c *outboxLsCmd) Run(ctx context.Context, in *invocation) error {
 			jobs = jobs[:*c.Limit]
 		}
 		if c.JSON {
-			enc := json.NewEncoder(in.stdout)
-			for _, job := range jobs {
-				if err := enc.Encode(job); err != nil {
-					return err
-				}
-			}
-			return nil
+			return printLines(in.stdout, jobs)
 		}
 		w := tabwriter.NewWriter(in.stdout, 0, 0, 2, ' ', 0)
 		fmt.Fprintln(w, "ID\tKIND\tQUEUE\tAGE\tPROBLEM")
@@ -142,9 +135,9 @@ type outboxChange struct {
 func (c outboxChange) run(ctx context.Context, in *invocation, s outboxSelection, byState bool) error {
 	switch {
 	case len(s.IDs) == 0 && !s.All && !byState && s.Kind == "" && s.Problem == "":
-		return configError("which jobs? Give their ids, or one of " + c.flags + ", or --all")
+		return argumentError("which jobs? Give their ids, or one of " + c.flags + ", or --all")
 	case len(s.IDs) > 0 && s.All:
-		return configError("ids and --all don't go together")
+		return argumentError("ids and --all don't go together")
 	}
 	return in.outbox(s.databaseSettings, func(a *admin.Admin) error {
 		jobs, err := s.choose(ctx, in, a, c)

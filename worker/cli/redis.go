@@ -81,14 +81,23 @@ func (s redisSettings) open(in *invocation) (redis.UniversalClient, error) {
 	return tasks.OpenRedis(url)
 }
 
+// openWatched opens Redis for a command, with the fault that explains its errors.
+func (s redisSettings) openWatched(in *invocation) (redis.UniversalClient, *redisFault, error) {
+	rdb, err := s.open(in)
+	if err != nil {
+		return nil, nil, err
+	}
+	fault := new(redisFault)
+	rdb.AddHook(fault)
+	return rdb, fault, nil
+}
+
 // withRedis opens Redis for as long as use takes, and explains its errors.
 func (in *invocation) withRedis(s redisSettings, use func(redis.UniversalClient) error) error {
-	rdb, err := s.open(in)
+	rdb, fault, err := s.openWatched(in)
 	if err != nil {
 		return err
 	}
 	defer rdb.Close()
-	fault := new(redisFault)
-	rdb.AddHook(fault)
 	return fault.explain(s.RedisURL, use(rdb))
 }

@@ -147,6 +147,62 @@ func TestRun_SecretsAreRefusedAsFlagsAndNeverShown(t *testing.T) {
 	}
 }
 
+func TestConfig_ShowsNoPasswordOfAnOddURL(t *testing.T) {
+	t.Parallel()
+	for given, shown := range map[string]string{
+		"host=localhost password=hush dbname=app":          "***",
+		"redis:user:hush@localhost":                        "***",
+		"postgres:app:hush@localhost/app":                  "***",
+		"hush":                                             "***",
+		"postgres://u:hu/sh@localhost/app":                 "***",
+		"postgres://u:12/34hush@localhost/app":             "***",
+		"postgres://u:1?hush@localhost/app":                "***",
+		"postgres://u:1#hush@localhost/app":                "***",
+		"postgres://u:hush":                                "***",
+		"postgres://localhost/app#hush":                    "***",
+		"redis://a:1,b:2?x=y@hush":                         "***",
+		"redis:///u:hush@localhost":                        "***",
+		"postgres://u:h@hush@localhost/app":                "postgres://u:***@localhost/app",
+		"postgres://u:%zzhush@localhost/app":               "postgres://u:***@localhost/app",
+		"redis-sentinel://u:hush@a:1,[::1]:2/0?master=m":   "redis-sentinel://u:***@a:1,[::1]:2/0?master=m",
+		"postgres://localhost/app?pasword=hush":            "postgres://localhost/app?pasword=***",
+		"postgres://localhost/app?hush":                    "postgres://localhost/app?***",
+		"postgres://localhost/app?p%zz=hush":               "postgres://localhost/app?p%zz=***",
+		"postgres://localhost/app?sslmode=a;password=hush": "postgres://localhost/app?sslmode=***",
+		"postgres://localhost/app?sslmode=require&sslkey=/hush&application_name=shop": "postgres://localhost/app?sslmode=require&sslkey=***&application_name=shop",
+		"postgres://app@/app?host=/run/postgresql&pool_max_conns=3":                   "postgres://app@/app?host=/run/postgresql&pool_max_conns=3",
+		"redis://localhost:6379/0": "redis://localhost:6379/0",
+	} {
+		for _, variable := range []string{"REDIS_URL", "DATABASE_URL"} {
+			for _, args := range [][]string{{"config"}, {"config", "--json"}} {
+				stdout, stderr, _ := (&bundle{new(workertest.Bundle)}).run(t, []string{variable + "=" + given}, args...)
+				escaped, _ := json.Marshal(shown)
+				if strings.Contains(stdout+stderr, "hush") || !strings.Contains(stdout, variable) ||
+					!strings.Contains(stdout, " "+shown+"\n") && !strings.Contains(stdout, `"value":`+string(escaped)) {
+					t.Errorf("%s=%s: %q shows\n%s%s", variable, given, args, stdout, stderr)
+				}
+			}
+		}
+	}
+}
+
+func TestRun_AnOddURLWithAPasswordIsRefusedAsAFlag(t *testing.T) {
+	t.Parallel()
+	for _, flag := range []string{
+		"--database-url=host=localhost password=hush dbname=app", "--database-url=postgres:app:hush@localhost/app",
+		"--database-url=postgres://localhost/app?pasword=hush", "--redis-url=redis:user:hush@localhost",
+	} {
+		_, stderr, code := (&bundle{new(workertest.Bundle)}).run(t, nil, flag)
+		if code != exitUsage || !strings.Contains(stderr, "set the variable instead") || strings.Contains(stderr, "hush") {
+			t.Errorf("%s: exit code %d\n%s", flag, code, stderr)
+		}
+	}
+	_, stderr, _ := (&bundle{new(workertest.Bundle)}).run(t, nil, "--redis-url=localhost:6379", "--database-url=postgres:///app?host=/run&sslmode=disable&connect_timeout=3")
+	if strings.Contains(stderr, "set the variable instead") || !strings.Contains(stderr, "REDIS_URL is wrong: it has no scheme") {
+		t.Errorf("of URLs without a password it says\n%s", stderr)
+	}
+}
+
 func TestRun_WaitsForServersThatAreDownAndSaysSo(t *testing.T) {
 	t.Parallel()
 	b := setup(t)

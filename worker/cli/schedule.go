@@ -2,7 +2,6 @@ package cli
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -62,7 +61,7 @@ type scheduleAddCmd struct {
 
 // Run adds the entry and prints when it is next run.
 func (a *scheduleAddCmd) Run(ctx context.Context, in *invocation) error {
-	e, err := a.entry(in)
+	e, err := a.entry(ctx, in)
 	if err != nil {
 		return err
 	}
@@ -84,13 +83,13 @@ func (a *scheduleAddCmd) Run(ctx context.Context, in *invocation) error {
 }
 
 // entry is the entry to be added. The error names everything that is wrong with it.
-func (a *scheduleAddCmd) entry(in *invocation) (scheduler.Entry, error) {
+func (a *scheduleAddCmd) entry(ctx context.Context, in *invocation) (scheduler.Entry, error) {
 	var faults []string
-	payload, err := in.readPayload(a.Kind, a.Payload, func(task *tasks.Task) string {
+	payload, err := in.readPayload(ctx, a.Kind, a.Payload, func(task *tasks.Task) string {
 		return "'" + task.Example() + "'"
 	})
 	if err != nil {
-		if _, wrong := errors.AsType[configError](err); !wrong {
+		if _, wrong := errors.AsType[argumentError](err); !wrong {
 			return scheduler.Entry{}, err
 		}
 		faults, payload = append(faults, err.Error()), unread{}
@@ -109,9 +108,9 @@ func (a *scheduleAddCmd) entry(in *invocation) (scheduler.Entry, error) {
 	case 0:
 		return e, nil
 	case 1:
-		return scheduler.Entry{}, configError(faults[0])
+		return scheduler.Entry{}, argumentError(faults[0])
 	}
-	return scheduler.Entry{}, configError(fmt.Sprintf("%d things are wrong with the entry:\n  %s", len(faults), strings.Join(faults, "\n  ")))
+	return scheduler.Entry{}, argumentError(fmt.Sprintf("%d things are wrong with the entry:\n  %s", len(faults), strings.Join(faults, "\n  ")))
 }
 
 // unread is in the place of a payload that could not be read, which is said already.
@@ -135,13 +134,7 @@ func (l *scheduleLsCmd) Run(ctx context.Context, in *invocation) error {
 			return err
 		}
 		if l.JSON {
-			lines := json.NewEncoder(in.stdout)
-			for _, s := range list {
-				if err := lines.Encode(s); err != nil {
-					return err
-				}
-			}
-			return nil
+			return printLines(in.stdout, list)
 		}
 		return printSchedules(in.stdout, list)
 	})
@@ -241,12 +234,12 @@ type scheduleNextCmd struct {
 // Run prints the next ticks.
 func (n *scheduleNextCmd) Run(ctx context.Context, in *invocation) error {
 	if n.N < 1 || n.N > 1000 {
-		return configError(fmt.Sprintf("-n: %d is not a number from 1 to 1000", n.N))
+		return argumentError(fmt.Sprintf("-n: %d is not a number from 1 to 1000", n.N))
 	}
 	if strings.ContainsAny(n.Of, " @") { // which no name has
 		schedule, err := scheduler.ParseSchedule(n.Of, n.TimeZone)
 		if err != nil {
-			return configError(err.Error())
+			return argumentError(err.Error())
 		}
 		n.print(in.stdout, schedule, time.Now(), n.TimeZone)
 		return nil

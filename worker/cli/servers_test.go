@@ -2,6 +2,8 @@ package cli
 
 import (
 	"context"
+	"io"
+	"log/slog"
 	"net/url"
 	"strings"
 	"testing"
@@ -73,6 +75,42 @@ func TestServers_ARedisThatRefusesIsSaidAtOnceWithTheWayOut(t *testing.T) {
 			_, stderr, code := b.run(t, []string{"REDIS_URL=" + c.url}, args...)
 			onlyLine(t, name, stderr, code, "REDIS_URL: "+c.want)
 		}
+	}
+}
+
+func TestServers_WatchedTheyAreSaidInOneLineToo(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	u := mustParse(t, b.DatabaseURL)
+	u.Path = "/nowhere"
+	for want, env := range map[string]map[string]string{
+		"REDIS_URL: Redis at 127.0.0.1:1 cannot be reached: ":                                                        {"REDIS_URL": "redis://:hush@127.0.0.1:1", "DATABASE_URL": b.DatabaseURL},
+		"REDIS_URL: the server refuses this user or password: WRONGPASS":                                             {"REDIS_URL": "redis://:hush@" + hostOf(t, b.RedisURL)},
+		"DATABASE_URL: the server has no such database: ":                                                            {"REDIS_URL": b.RedisURL, "DATABASE_URL": u.String()},
+		"DATABASE_URL: look at the outbox: dbpool: acquire: failed to connect to `user=u database=app`: 127.0.0.1:1": {"REDIS_URL": b.RedisURL, "DATABASE_URL": "postgres://u:hush@127.0.0.1:1/app?sslmode=prefer"},
+	} {
+		t.Run(want, func(t *testing.T) {
+			t.Parallel()
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			log, ended := workertest.NewLog(), make(chan int, 1)
+			go func() { ended <- shop(env).Run(ctx, []string{"status", "--watch"}, nil, io.Discard, log) }()
+			log.Wait(t, "\n")
+			cancel()
+			if code := <-ended; code != 0 {
+				t.Errorf("exit code %d", code)
+			}
+			for line := range strings.Lines(log.String()) {
+				if !strings.HasPrefix(line, "shop: ") || len(line) < 15 || !strings.HasPrefix(line[15:], want) {
+					t.Errorf("a line is %q, want in it %q", line, want)
+				}
+			}
+			for _, not := range []string{"hush", "asynq", "UNKNOWN", "command error"} {
+				if strings.Contains(log.String(), not) {
+					t.Errorf("%q is in\n%s", not, log)
+				}
+			}
+		})
 	}
 }
 
@@ -208,4 +246,23 @@ func TestMigrate_TakesTheSettingsOfAPoolInTheURL(t *testing.T) {
 	if _, stderr, code := b.run(t, []string{"DATABASE_URL=" + u.String()}, "migrate"); code != 0 {
 		t.Errorf("exit code %d\n%s", code, stderr)
 	}
+}
+
+func TestDatabase_OfACommandIsOneConnectionThatLogsWhereTheCommandDoes(t *testing.T) {
+	t.Parallel()
+	log := workertest.NewLog()
+	url := testservers.Postgres(t)
+	in := &invocation{Program: Program{Env: variables(map[string]string{"DATABASE_URL": url})}, stderr: log}
+	db, err := databaseSettings{url}.open(in, in.newLogger(slog.LevelInfo, "json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := db.Acquire(t.Context()); err != nil { // and not given back
+		t.Fatal(err)
+	}
+	if stats := db.Stats(); stats.PoolSize != 1 {
+		t.Errorf("its pool is %+v", stats)
+	}
+	db.Close()
+	log.Wait(t, `"msg":"a connection was not given back before the pool was closed"`)
 }

@@ -56,19 +56,22 @@ const watchEvery = 2 * time.Second
 
 // Run shows the status. What it could not read it names after it has printed the rest.
 func (s *statusCmd) Run(ctx context.Context, in *invocation) error {
-	return in.withAdmin(s.redisSettings, s.databaseSettings, func(a *admin.Admin) error {
+	return in.withServers(s.redisSettings, s.databaseSettings, func(a *admin.Admin, explain explainer) error {
 		if !s.Watch {
-			return s.show(ctx, in, a)
+			return s.show(ctx, in, a, explain)
 		}
-		return s.watch(ctx, in, a)
+		return s.watch(ctx, in, a, explain)
 	})
 }
 
 // show prints the status once. Nothing is printed if Redis can't be read.
-func (s *statusCmd) show(ctx context.Context, in *invocation, a *admin.Admin) error {
+func (s *statusCmd) show(ctx context.Context, in *invocation, a *admin.Admin, explain explainer) error {
 	now, unread := a.Status(ctx)
 	if now == nil {
-		return fmt.Errorf("REDIS_URL: %w", unread)
+		return explain(fmt.Errorf("REDIS_URL: %w", unread))
+	}
+	if now.Outbox == nil && s.DatabaseURL == "" {
+		now.OutboxNote = "not read, as DATABASE_URL is not set"
 	}
 	var text bytes.Buffer
 	switch {
@@ -89,7 +92,7 @@ func (s *statusCmd) show(ctx context.Context, in *invocation, a *admin.Admin) er
 		return err
 	}
 	if unread != nil {
-		return fmt.Errorf("DATABASE_URL: %w", unread)
+		return explain(fmt.Errorf("DATABASE_URL: %w", unread))
 	}
 	return nil
 }
@@ -99,11 +102,11 @@ const clearScreen = "\x1b[2J\x1b[H"
 
 // watch shows the status until ctx ends. Servers that don't answer are what one
 // watches for, so an error doesn't end it.
-func (s *statusCmd) watch(ctx context.Context, in *invocation, a *admin.Admin) error {
+func (s *statusCmd) watch(ctx context.Context, in *invocation, a *admin.Admin, explain explainer) error {
 	tick := time.NewTicker(watchEvery)
 	defer tick.Stop()
 	for {
-		err := s.show(ctx, in, a)
+		err := s.show(ctx, in, a, explain)
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -207,16 +210,21 @@ func age(d time.Duration) string {
 	return d.Round(time.Second).String()
 }
 
-// printable keeps what others have written into Redis or the database from moving
-// the cursor, and from filling the screen.
-func printable(s string) string {
-	const most = 120
-	s = strings.Map(func(r rune) rune {
+// oneLine has a space for each character that would move the cursor.
+func oneLine(s string) string {
+	return strings.Map(func(r rune) rune {
 		if !unicode.IsPrint(r) {
 			return ' '
 		}
 		return r
 	}, s)
+}
+
+// printable keeps what others have written into Redis or the database from moving
+// the cursor, and from filling the screen.
+func printable(s string) string {
+	const most = 120
+	s = oneLine(s)
 	if runes := []rune(s); len(runes) > most {
 		return string(runes[:most-1]) + "…"
 	}

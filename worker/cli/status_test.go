@@ -125,7 +125,7 @@ func (b *bundle) exec(t *testing.T, sql string) {
 
 func openTestOne(t *testing.T, url string) *dbpool.Pool {
 	t.Helper()
-	db, err := databaseSettings{url}.open(&invocation{Program: Program{Env: variables(map[string]string{"DATABASE_URL": url})}})
+	db, err := databaseSettings{url}.open(&invocation{Program: Program{Env: variables(map[string]string{"DATABASE_URL": url})}}, workertest.Discard())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -137,7 +137,7 @@ func openTestOne(t *testing.T, url string) *dbpool.Pool {
 func (s *statusCmd) shown(t *testing.T, a *admin.Admin) (text string, err error) {
 	t.Helper()
 	var out bytes.Buffer
-	err = s.show(t.Context(), &invocation{stdout: &out}, a)
+	err = s.show(t.Context(), &invocation{stdout: &out}, a, asItIs)
 	return out.String(), err
 }
 
@@ -262,10 +262,13 @@ func TestStatus_OfNothing(t *testing.T) {
 	}
 }
 
+// withDatabase is the command where DATABASE_URL is set.
+var withDatabase = &statusCmd{databaseSettings: databaseSettings{exampleDatabaseURL}}
+
 func TestStatus_ADatabaseWithoutTheOutboxIsSaid(t *testing.T) {
 	t.Parallel()
 	a := admin.New(workertest.OpenRedis(t, testservers.Redis(t)), openTestOne(t, testservers.Postgres(t)))
-	text, err := new(statusCmd).shown(t, a)
+	text, err := withDatabase.shown(t, a)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -278,7 +281,7 @@ func TestStatus_WithoutTheDatabaseItShowsTheRestAndFails(t *testing.T) {
 	t.Parallel()
 	b := newBusy(t)
 	b.admin = admin.New(b.rdb, openTestOne(t, "postgres://user:"+secret+"@127.0.0.1:1/app"))
-	text, err := new(statusCmd).shown(t, b.admin)
+	text, err := withDatabase.shown(t, b.admin)
 	if err == nil || !strings.HasPrefix(err.Error(), "DATABASE_URL: look at the outbox: ") || strings.Contains(err.Error(), secret) {
 		t.Errorf("error %v", err)
 	}
@@ -442,7 +445,7 @@ func TestStatusWatch_GoesOnThroughAnOutageUntilItIsEnded(t *testing.T) {
 	var ended sync.WaitGroup
 	ended.Go(func() {
 		in := &invocation{Program: Program{Name: "worker"}, stdout: out, stderr: errs}
-		if err := (&statusCmd{Watch: true}).watch(ctx, in, admin.New(rdb, nil)); err != nil {
+		if err := (&statusCmd{Watch: true}).watch(ctx, in, admin.New(rdb, nil), asItIs); err != nil {
 			t.Errorf("watch: %v", err)
 		}
 	})
@@ -461,6 +464,9 @@ func TestStatusWatch_GoesOnThroughAnOutageUntilItIsEnded(t *testing.T) {
 	}
 }
 
+// asItIs explains nothing.
+func asItIs(err error) error { return err }
+
 func TestStatusWatch_EndsWhenNobodyReads(t *testing.T) {
 	t.Parallel()
 	a := admin.New(workertest.OpenRedis(t, testservers.Redis(t)), nil)
@@ -470,7 +476,7 @@ func TestStatusWatch_EndsWhenNobodyReads(t *testing.T) {
 	}
 	_ = read.Close()
 	defer write.Close()
-	if err := (&statusCmd{Watch: true, JSON: true}).watch(t.Context(), &invocation{stdout: write, stderr: io.Discard}, a); !errors.Is(err, syscall.EPIPE) {
+	if err := (&statusCmd{Watch: true, JSON: true}).watch(t.Context(), &invocation{stdout: write, stderr: io.Discard}, a, asItIs); !errors.Is(err, syscall.EPIPE) {
 		t.Errorf("error %v", err)
 	}
 }
