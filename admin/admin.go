@@ -12,6 +12,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/hibiken/asynq"
@@ -66,7 +67,8 @@ func (a *Admin) Cancel(ctx context.Context, id string) error {
 	return a.client.Cancel(ctx, id) // a relay may have moved it meanwhile
 }
 
-// ErrNoSuchQueue is wrapped by the error for a queue that has never had a job.
+// ErrNoSuchQueue is wrapped by the error for a queue that has never had a job, and that
+// nobody pulls from.
 var ErrNoSuchQueue = errors.New("no queue of this name has had a job yet")
 
 // Pause keeps workers from fetching jobs of a queue until [Admin.Resume]. Jobs that run go
@@ -98,7 +100,11 @@ func (a *Admin) Resume(ctx context.Context, queue string) error {
 
 func (a *Admin) requireQueue(ctx context.Context, queue string) error {
 	known, err := a.rdb.SIsMember(ctx, asynqwire.Queues, queue).Result()
-	if err == nil && !known {
+	if err != nil || known {
+		return err
+	}
+	served, err := a.ServedQueues(ctx)
+	if err == nil && !slices.Contains(served, queue) {
 		return ErrNoSuchQueue
 	}
 	return err

@@ -108,12 +108,16 @@ func TestDev_StaysUntilCtrlCAndThenNothingIsLeft(t *testing.T) {
 			pasted++
 		}
 	}
-	if pasted != 4 {
-		t.Fatalf("%d lines to paste, want the environment and three commands:\n%s", pasted, try)
+	if pasted != 5 {
+		t.Fatalf("%d lines to paste, want the environment, three commands, and the environment for a worker of one's own:\n%s", pasted, try)
 	}
+	script.WriteString("worker migrate\nworker status\n") // in the latter
 	out, err := exec.CommandContext(t.Context(), "sh", "-c", script.String()).CombinedOutput()
 	if err != nil {
 		t.Errorf("the lines to paste: %v\n%s", err, out)
+	}
+	if !strings.Contains(string(out), "no instance is up") {
+		t.Errorf("a worker of one's own would share its queues with the tour's:\n%s", out)
 	}
 	d.waitFor("webhook:deliver ") // jobs are shown as they end
 

@@ -175,6 +175,9 @@ func (s *stack) bringDown() error {
 func (s *stack) importDir() string       { return filepath.Join(s.folder.Path(), "imports") }
 func (s *stack) environmentFile() string { return filepath.Join(s.folder.Path(), "env") }
 
+// ownEnvironmentFile is for a worker of the reader's own on the tour's servers.
+func (s *stack) ownEnvironmentFile() string { return filepath.Join(s.folder.Path(), "own") }
+
 // program is the worker's, of which the monitor is a command.
 func (s *stack) program() string {
 	name := "worker"
@@ -367,19 +370,48 @@ func (s *stack) environ(further ...string) []string {
 }
 
 // writeEnvironment writes a file to be read by a shell, so that the passwords in it need not be shown.
-func (s *stack) writeEnvironment(context.Context, *lines) error {
+func (s *stack) writeEnvironment(ctx context.Context, _ *lines) error {
+	path := "export PATH=" + quoted(filepath.Dir(s.program())) + ":\"$PATH\"\n"
+	if err := writeExports(s.environmentFile(), s.settings(), path); err != nil {
+		return err
+	}
+	if !s.hasOwnServers() {
+		return nil
+	}
+	// Two programs that pull from one queue each fetch the other's jobs, so a worker of the
+	// reader's has a database and queues of its own.
+	databaseURL, err := s.postgres.Database(ctx, "own")
+	if err != nil {
+		return err
+	}
+	redisURL, err := url.Parse(s.redisURL)
+	if err != nil {
+		return err
+	}
+	redisURL.Path = "/1"
+	return writeExports(s.ownEnvironmentFile(), []string{"DATABASE_URL=" + databaseURL, "REDIS_URL=" + redisURL.String()}, "")
+}
+
+// hasOwnServers reports whether neither server is the user's.
+func (s *stack) hasOwnServers() bool { return s.postgres != nil && s.redis != nil }
+
+// writeExports writes settings as a shell reads them, and what comes after them.
+func writeExports(file string, settings []string, then string) error {
 	var b strings.Builder
-	for _, setting := range s.settings() {
+	for _, setting := range settings {
 		name, value, _ := strings.Cut(setting, "=")
 		fmt.Fprintf(&b, "export %s=%s\n", name, quoted(value))
 	}
-	fmt.Fprintf(&b, "export PATH=%s:\"$PATH\"\n", quoted(filepath.Dir(s.program())))
-	return os.WriteFile(s.environmentFile(), []byte(b.String()), 0o600)
+	return os.WriteFile(file, []byte(b.String()+then), 0o600)
 }
 
 func (s *stack) printWhatToTry(out io.Writer) {
 	csv := `{"source": "file:///seattle-weather.csv", "table": "weather", "mode": "replace"}`
 	webhook := fmt.Sprintf(`{"url": %q, "event": "hello", "body": {"to": "you"}}`, s.receiver.url)
+	own := ""
+	if s.hasOwnServers() {
+		own = fmt.Sprintf("  For a worker of your own (see README.md), a database and queues of its own on these servers:\n    . %s\n", quoted(s.ownEnvironmentFile()))
+	}
 	fmt.Fprintf(out, `
 What to try next
   Look at the queues and at each job's result: %s
@@ -390,10 +422,10 @@ What to try next
     worker enqueue webhook:deliver %s --wait
     psql "$DATABASE_URL" -c 'SELECT weather, count(*) FROM imports.weather GROUP BY 1'
   Put a CSV file of your own into %s and import it.
-
+%s
 Jobs are shown here as they end. Ctrl-C ends it all.
 
-`, s.monitorURL, quoted(s.environmentFile()), quoted(csv), quoted(webhook), s.importDir())
+`, s.monitorURL, quoted(s.environmentFile()), quoted(csv), quoted(webhook), s.importDir(), own)
 }
 
 // lines writes whole lines from several goroutines.

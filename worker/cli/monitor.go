@@ -89,7 +89,7 @@ func (m *monitorCmd) Run(ctx context.Context, in *invocation) error {
 	cfg.Redis, cfg.Logger = rdb, log
 	listener, err := net.Listen("tcp", m.Addr)
 	if err != nil {
-		return fmt.Errorf("MONITOR_ADDR: %w", err)
+		return fmt.Errorf("MONITOR_ADDR: %w; another address is set so, for example MONITOR_ADDR=127.0.0.1:8081", err)
 	}
 	server := monitor.NewServer(cfg)
 	log.Info("monitor started", "version", in.Version, "url", "http://"+listener.Addr().String())

@@ -33,7 +33,7 @@ type resumeCmd struct {
 
 // Run ends the queue's pause.
 func (c *resumeCmd) Run(ctx context.Context, in *invocation) error {
-	return c.change(ctx, in, (*admin.Admin).Resume, "is not paused: its jobs are run")
+	return c.change(ctx, in, (*admin.Admin).Resume, "is resumed: its jobs are run")
 }
 
 // change does something to the queue, and prints how it stands then.

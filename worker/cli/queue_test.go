@@ -30,8 +30,8 @@ func TestPauseAndResume_SayHowTheQueueStands(t *testing.T) {
 	}{
 		{"pause", "low is paused: its jobs wait until: worker resume low\n", true},
 		{"pause", "low is paused: its jobs wait until: worker resume low\n", true},
-		{"resume", "low is not paused: its jobs are run\n", false},
-		{"resume", "low is not paused: its jobs are run\n", false},
+		{"resume", "low is resumed: its jobs are run\n", false},
+		{"resume", "low is resumed: its jobs are run\n", false},
 	} {
 		stdout, stderr, code := b.run(t, nil, c.command, "low")
 		if code != 0 || stdout != c.says || stderr != "" {
@@ -115,4 +115,17 @@ func TestEnqueue_WarnsOfTheQueueBeforeItWaits(t *testing.T) {
 	errs.Wait(t, "no worker that is up pulls from the queue deafult: ")
 	interrupt()
 	ended.Wait()
+}
+
+// Before the first job, and not after the first wave.
+func TestPause_TakesAQueueThatAWorkerPullsFromAndThatHasHadNoJob(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	startInstance(t, b.Redis(t), "a-00000001", time.Now(), false)
+	if stdout, stderr, code := b.run(t, nil, "pause", "critical"); code != 0 || !strings.Contains(stdout, "critical is paused") {
+		t.Errorf("exit code %d\n%s%s", code, stdout, stderr)
+	}
+	if paused := b.Redis(t).Exists(t.Context(), "asynq:{critical}:paused").Val(); paused != 1 {
+		t.Error("it is not")
+	}
 }
