@@ -64,7 +64,7 @@ func compile(ctx context.Context, folder string, out, errOut io.Writer) error {
 		defer close(said)
 		fmt.Fprintln(out, "carpool: compiling; the first time takes a minute or two, and Go fetches what it needs …")
 	})
-	cmd := exec.CommandContext(ctx, "go", "build", "-buildvcs=false", "-o", folder+string(filepath.Separator), "./dev/tour", "./cmd/worker")
+	cmd := exec.CommandContext(ctx, "go", "build", "-o", folder+string(filepath.Separator), "-buildvcs=false", "./dev/tour", "./cmd/worker")
 	cmd.Dir, cmd.Stdout, cmd.Stderr = root, out, errOut
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
 	cmd.WaitDelay = 5 * time.Second
