@@ -152,6 +152,8 @@ func TestPool_ConnectionsThatHaveBecomeReadOnlyAreReplaced(t *testing.T) {
 			t.Fatalf("a read-only connection was lent: %v", err)
 		}
 	}
+	// Each is closed in the background.
+	eventually(t, "all three are closed", func() bool { return p.Stats().Counts.ClosedBroken >= 3 })
 	if s := p.Stats(); s.Counts.ClosedBroken != 3 {
 		t.Errorf("%+v", s)
 	}
