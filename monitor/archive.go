@@ -1,6 +1,7 @@
 package monitor
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"net/http"
@@ -40,11 +41,16 @@ func retryArchived(a *admin.Admin, pages http.Handler) http.Handler {
 	})
 }
 
-func (a archive) retryOne(w http.ResponseWriter, r *http.Request, queue, id string) {
-	job, err := a.admin.ArchivedJob(r.Context(), queue, id)
-	if err == nil {
-		err = a.admin.Retry(r.Context(), job)
+func (a archive) retry(ctx context.Context, queue, id string) error {
+	job, err := a.admin.ArchivedJob(ctx, queue, id)
+	if err != nil {
+		return err
 	}
+	return a.admin.Retry(ctx, job)
+}
+
+func (a archive) retryOne(w http.ResponseWriter, r *http.Request, queue, id string) {
+	err := a.retry(r.Context(), queue, id)
 	_, held := errors.AsType[*tasks.DuplicateError](err)
 	switch {
 	case err == nil:
@@ -73,11 +79,7 @@ func (a archive) retrySome(w http.ResponseWriter, r *http.Request, queue string)
 		Failed  []string `json:"error_ids"`
 	}{[]string{}, []string{}}
 	for _, id := range request.IDs {
-		job, err := a.admin.ArchivedJob(r.Context(), queue, id)
-		if err == nil {
-			err = a.admin.Retry(r.Context(), job)
-		}
-		if err != nil {
+		if err := a.retry(r.Context(), queue, id); err != nil {
 			answer.Failed = append(answer.Failed, id)
 			continue
 		}

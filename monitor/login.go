@@ -4,7 +4,6 @@ import (
 	"crypto/sha256"
 	"crypto/subtle"
 	"log/slog"
-	"net"
 	"net/http"
 	"sync"
 	"time"
@@ -96,11 +95,7 @@ func (l *logins) note(address string) (delay time.Duration) {
 // addressOf is the address that a request comes from. What headers say of it is the
 // sender's to choose.
 func addressOf(r *http.Request) string {
-	host, _, err := net.SplitHostPort(r.RemoteAddr)
-	if err != nil {
-		return r.RemoteAddr
-	}
-	return host
+	return hostOf(r.RemoteAddr)
 }
 
 // orDiscard is the log of a monitor, also of one without a log.
