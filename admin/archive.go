@@ -57,6 +57,8 @@ func archivedJob(t *asynq.TaskInfo) ArchivedJob {
 // ArchiveFilter chooses jobs of the archive: those that all of its fields choose. The zero
 // value chooses all.
 type ArchiveFilter struct {
+	// IDs chooses the jobs of these ids, which are looked up; nil chooses all.
+	IDs []string
 	// Kind chooses the jobs of one kind; "" chooses all.
 	Kind string
 	// Reason chooses the jobs whose reason has this text in it; "" chooses all.
@@ -85,29 +87,50 @@ func (a *Admin) Archived(ctx context.Context, f ArchiveFilter) ([]ArchivedJob, e
 		if f.Queue != "" && queue != f.Queue {
 			continue
 		}
-		for page := 1; ; page++ {
-			if err := ctx.Err(); err != nil {
-				return nil, context.Cause(ctx)
-			}
-			some, err := a.inspector.ListArchivedTasks(queue, asynq.Page(page), asynq.PageSize(archivePage))
-			if errors.Is(err, asynq.ErrQueueNotFound) {
-				break // it was removed meanwhile
-			}
-			if err != nil {
-				return nil, fmt.Errorf("list the archive of queue %s: %w", queue, err)
-			}
-			for _, t := range some {
-				if job := archivedJob(t); f.chooses(job) {
-					jobs = append(jobs, job)
-				}
-			}
-			if len(some) < archivePage {
-				break
-			}
+		some, err := a.archivedOf(ctx, queue, f)
+		if err != nil {
+			return nil, err
 		}
+		jobs = append(jobs, some...)
 	}
 	slices.SortFunc(jobs, func(a, b ArchivedJob) int { return b.ArchivedAt.Compare(a.ArchivedAt) })
 	return jobs, nil
+}
+
+// archivedOf returns the jobs of one queue's archive that the filter chooses.
+func (a *Admin) archivedOf(ctx context.Context, queue string, f ArchiveFilter) (jobs []ArchivedJob, err error) {
+	for _, id := range f.IDs {
+		job, err := a.ArchivedJob(ctx, queue, id)
+		switch {
+		case err == nil && f.chooses(job):
+			jobs = append(jobs, job)
+		case err != nil && !errors.Is(err, ErrNotArchived):
+			return nil, err
+		}
+	}
+	if f.IDs != nil {
+		return jobs, nil
+	}
+	for page := 1; ; page++ {
+		if err := ctx.Err(); err != nil {
+			return nil, context.Cause(ctx)
+		}
+		some, err := a.inspector.ListArchivedTasks(queue, asynq.Page(page), asynq.PageSize(archivePage))
+		if errors.Is(err, asynq.ErrQueueNotFound) {
+			return jobs, nil // it was removed meanwhile
+		}
+		if err != nil {
+			return nil, fmt.Errorf("list the archive of queue %s: %w", queue, err)
+		}
+		for _, t := range some {
+			if job := archivedJob(t); f.chooses(job) {
+				jobs = append(jobs, job)
+			}
+		}
+		if len(some) < archivePage {
+			return jobs, nil
+		}
+	}
 }
 
 // ArchivedJob returns one job of a queue's archive. The error wraps [ErrNotArchived], or is

@@ -80,6 +80,9 @@ func TestArchived_ReturnsWhatTheFilterChoosesTheLatestFirst(t *testing.T) {
 		"cancelled":   {admin.ArchiveFilter{Reason: "cancelled"}, []string{second.ID}},
 		"a queue":     {admin.ArchiveFilter{Queue: "low"}, []string{second.ID}},
 		"all of them": {admin.ArchiveFilter{Kind: "note", Reason: "door", Queue: "default"}, []string{first.ID}},
+		"ids":         {admin.ArchiveFilter{IDs: []string{first.ID, "not-there", third.ID}}, []string{third.ID, first.ID}},
+		"id and kind": {admin.ArchiveFilter{IDs: []string{first.ID, third.ID}, Kind: "note"}, []string{first.ID}},
+		"no ids":      {admin.ArchiveFilter{IDs: []string{}}, nil},
 		"none":        {admin.ArchiveFilter{Kind: "note", Queue: "elsewhere"}, nil},
 	} {
 		var ids []string

@@ -47,13 +47,16 @@ func (f archiveFilter) of() admin.ArchiveFilter {
 
 // choose returns the jobs of a selection. Every id must be in the archive.
 func (s archiveSelection) choose(ctx context.Context, in *invocation, a *admin.Admin) ([]admin.ArchivedJob, error) {
-	filter := s.of()
-	filtered := filter != (admin.ArchiveFilter{})
+	filtered := s.Kind != "" || s.Reason != "" || s.Queue != ""
 	switch {
 	case len(s.IDs) == 0 && !s.All && !filtered:
 		return nil, argumentError("which jobs? Give their ids, or --kind, --reason or --queue, or --all")
 	case len(s.IDs) > 0 && s.All:
 		return nil, argumentError("ids and --all don't go together")
+	}
+	filter := s.of()
+	if len(s.IDs) > 0 {
+		filter.IDs = s.IDs
 	}
 	jobs, err := a.Archived(ctx, filter)
 	if err != nil || len(s.IDs) == 0 {
