@@ -17,23 +17,13 @@ import (
 	"github.com/carpool-go/carpool/internal/asynqwire"
 	"github.com/carpool-go/carpool/internal/outbox"
 	"github.com/carpool-go/carpool/internal/pgtext"
+	"github.com/carpool-go/carpool/internal/sqlstate"
 	"github.com/carpool-go/carpool/tasks"
 )
 
 // registerSQL writes an entry that the program brings along. What an operator
 // decided stays: whether it is enabled, and a row of their own under its name.
-const registerSQL = `INSERT INTO carpool.schedules AS s
-		(name, cron, time_zone, kind, payload, queue, max_retry, timeout, retention, missed, overlap, source)
-	VALUES ($1, $2, $3, $4, $5, $6, $7, make_interval(secs => $8), make_interval(secs => $9), $10, $11, 'code')
-	ON CONFLICT (name) DO UPDATE SET
-		(cron, time_zone, kind, payload, queue, max_retry, timeout, retention, missed, overlap)
-		= (excluded.cron, excluded.time_zone, excluded.kind, excluded.payload, excluded.queue, excluded.max_retry,
-			excluded.timeout, excluded.retention, excluded.missed, excluded.overlap)
-	WHERE s.source = 'code'`
-
-func (d definition) args() []any {
-	return []any{d.name, d.cron, d.zone, d.kind, d.payload, d.queue, d.maxRetry, d.timeout, d.retention, d.missed, d.overlap}
-}
+const registerSQL = insertSQL + `UPDATE SET ` + updateSQL + ` WHERE s.source = 'code'`
 
 // register writes the entries of the code to the table, in one order, so that
 // instances that start at once don't lock each other out.
@@ -41,7 +31,7 @@ func (s *Scheduler) register(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
 	defer cancel()
 	for _, e := range s.cfg.Entries {
-		tag, err := s.cfg.DB.Exec(ctx, registerSQL, s.code[e.Name].args()...)
+		tag, err := s.cfg.DB.Exec(ctx, registerSQL, s.code[e.Name].args("code")...)
 		if err != nil {
 			return fmt.Errorf("scheduler: write entry %q: %w", e.Name, err)
 		}
@@ -244,7 +234,7 @@ func (s *Scheduler) tick(ctx context.Context, r *row, e readEntry) (problem stri
 // classes are meant, because a trigger may raise codes of its own in them.
 func isRefused(err error) bool {
 	e, ok := errors.AsType[*pgconn.PgError](err)
-	return ok && (strings.HasPrefix(e.Code, pgerrcode.DataException[:2]) || strings.HasPrefix(e.Code, pgerrcode.IntegrityConstraintViolation[:2]))
+	return ok && sqlstate.HasClass(e, pgerrcode.DataException, pgerrcode.IntegrityConstraintViolation)
 }
 
 func textOf(s *string) string {

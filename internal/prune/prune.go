@@ -17,6 +17,7 @@ import (
 	"github.com/jackc/pgx/v5/pgtype"
 
 	"github.com/carpool-go/carpool/dbpool"
+	"github.com/carpool-go/carpool/internal/sqlstate"
 )
 
 // Run is one run over a table. Between two batches it gives its connection back, so
@@ -79,12 +80,11 @@ func classify(err error) error {
 	if !ok {
 		return err
 	}
-	of := func(class string) bool { return strings.HasPrefix(e.Code, class[:2]) }
 	switch {
 	case e.Code == pgerrcode.UndefinedTable: // a partition that was dropped meanwhile
-	case of(pgerrcode.IntegrityConstraintViolation), of(pgerrcode.SyntaxErrorOrAccessRuleViolation):
+	case sqlstate.HasClass(e, pgerrcode.IntegrityConstraintViolation, pgerrcode.SyntaxErrorOrAccessRuleViolation):
 		return &PermanentError{err}
-	case of(pgerrcode.PLpgSQLError): // its text is the trigger's own, and may quote the row
+	case sqlstate.HasClass(e, pgerrcode.PLpgSQLError): // its text is the trigger's own, and may quote the row
 		return &PermanentError{&triggerError{e}}
 	}
 	return err

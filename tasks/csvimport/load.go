@@ -8,7 +8,6 @@ import (
 	"hash/maphash"
 	"io"
 	"regexp"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -19,6 +18,8 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgtype"
 
+	"github.com/carpool-go/carpool/internal/sqlstate"
+	"github.com/carpool-go/carpool/internal/wait"
 	"github.com/carpool-go/carpool/tasks"
 )
 
@@ -157,10 +158,8 @@ func (l *loader) lockOut(ctx context.Context, tx pgx.Tx) error {
 			}
 			return err
 		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("wait until nobody uses imports.%s: %w", l.table, context.Cause(ctx))
-		case <-time.After(time.Second):
+		if err := wait.For(ctx, time.Second); err != nil {
+			return fmt.Errorf("wait until nobody uses imports.%s: %w", l.table, err)
 		}
 	}
 }
@@ -405,12 +404,12 @@ func (l *loader) wordError(ctx context.Context, err error) error {
 		text = "the value is out of the range of the column's type"
 	case e.Code == pgerrcode.StringDataRightTruncationDataException:
 		text = "the value is too long for the column's type"
-	case hasClass(e, pgerrcode.DataException):
+	case sqlstate.HasClass(e, pgerrcode.DataException):
 		text = "the value is not one of the column's type"
-	case hasClass(e, pgerrcode.FeatureNotSupported, pgerrcode.IntegrityConstraintViolation,
+	case sqlstate.HasClass(e, pgerrcode.FeatureNotSupported, pgerrcode.IntegrityConstraintViolation,
 		pgerrcode.SyntaxErrorOrAccessRuleViolation, pgerrcode.ProgramLimitExceeded):
 		text = e.Message // these name no values
-	case hasClass(e, pgerrcode.CardinalityViolation, pgerrcode.TriggeredDataChangeViolation,
+	case sqlstate.HasClass(e, pgerrcode.CardinalityViolation, pgerrcode.TriggeredDataChangeViolation,
 		pgerrcode.WithCheckOptionViolation, pgerrcode.PLpgSQLError):
 		text = "a trigger of the table refuses the row"
 	default:
@@ -431,12 +430,6 @@ func (l *loader) wordError(ctx context.Context, err error) error {
 		return &databaseError{text, err}
 	}
 	return tasks.Permanent(&databaseError{text, err})
-}
-
-// hasClass reports whether an error is of one of these classes, each named by any of its
-// codes.
-func hasClass(e *pgconn.PgError, classes ...string) bool {
-	return slices.ContainsFunc(classes, func(class string) bool { return strings.HasPrefix(e.Code, class[:2]) })
 }
 
 // lineOf is the line on which the nth row begins, 0 if it can't be found.

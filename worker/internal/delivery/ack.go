@@ -12,6 +12,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/internal/asynqwire"
+	"github.com/carpool-go/carpool/internal/wait"
 )
 
 // ackHook sees to it that what asynq tells Redis of a job's end arrives, and that it
@@ -215,10 +216,8 @@ func send(ctx context.Context, next redis.ProcessHook, a ack, script *redis.Cmd,
 		if !mayBeTriedAgain(err) {
 			return err
 		}
-		select {
-		case <-ctx.Done():
+		if wait.For(ctx, pause/2+rand.N(pause)) != nil {
 			return err
-		case <-time.After(pause/2 + rand.N(pause)):
 		}
 	}
 }

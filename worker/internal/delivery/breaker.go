@@ -29,7 +29,6 @@ type Breaker struct {
 	outages map[string]int // by job: outages in a row while it ran
 	blocked error          // why jobs can't begin; nil if none is known
 	warned  time.Time      // when that was logged last
-	stopped bool
 
 	probing sync.WaitGroup
 	ctx     context.Context // of the probe
@@ -60,7 +59,7 @@ func (b *Breaker) Start() error { return nil }
 func (b *Breaker) open(err error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.away != nil || b.stopped {
+	if b.away != nil || b.ctx.Err() != nil {
 		return
 	}
 	b.away = make(chan struct{})
@@ -196,8 +195,7 @@ func (b *Breaker) answers(ctx context.Context) error {
 // Stop ends the probe. Jobs that wait are released by their contexts.
 func (b *Breaker) Stop() {
 	b.mu.Lock()
-	b.stopped = true
+	b.cancel() // under the lock, so that no probe begins after it
 	b.mu.Unlock()
-	b.cancel()
 	b.probing.Wait()
 }

@@ -11,13 +11,14 @@ import (
 // finishCancelled takes a job that was cancelled while it ran from those to be retried,
 // where asynq puts it. run is nil if it had not begun.
 func (x *Executor) finishCancelled(queue, id string, run *jobRun) {
+	var done bool
+	var result []byte
+	if run != nil && run.done {
+		done, result = true, run.result
+	}
 	began := time.Now()
 	for time.Since(began) < 2*time.Second || time.Since(began) < time.Minute && x.ending.Err() == nil {
 		time.Sleep(20 * time.Millisecond)
-		done, result := run != nil && run.done, []byte(nil)
-		if done {
-			result = run.result
-		}
 		if finished, _ := asynqwire.FinishCancelled(context.Background(), x.rdb, x.inspector, queue, id, done, result); finished {
 			return
 		}

@@ -326,7 +326,7 @@ func (x *Executor) notBegun(err error) error {
 		return postponed(err)
 	}
 	x.breaker.block(err)
-	return &postponedError{err, blockedDelay/2 + rand.N(blockedDelay)}
+	return postponedFor(blockedDelay, err)
 }
 
 // exhausted postpones a job that failed because the server has run out of something,
@@ -338,8 +338,7 @@ func (x *Executor) exhausted(job *tasks.Job, err error) error {
 		x.breaker.clearOutages(job.ID)
 		return fmt.Errorf("the database ran out of something %d times in a row while this job ran: %w", n, err)
 	}
-	delay := time.Second << n
-	return &postponedError{err, delay/2 + rand.N(delay)}
+	return postponedFor(time.Second<<n, err)
 }
 
 // noteOutage opens the breaker for an error that says that the database is away, unless
@@ -365,7 +364,7 @@ func (x *Executor) unknown(ctx context.Context, job *tasks.Job, err error) error
 	e := x.db.QueryRow(ctx, "SELECT EXISTS (SELECT FROM carpool.kinds WHERE kind = $1 AND seen_at > now() - interval '2 hours')",
 		job.Kind).Scan(&known)
 	if e != nil || known {
-		return &postponedError{fmt.Errorf("%w; another worker may", err), unknownDelay/2 + rand.N(unknownDelay)}
+		return postponedFor(unknownDelay, fmt.Errorf("%w; another worker may", err))
 	}
 	return err
 }

@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
-	"slices"
-	"strings"
 	"time"
 
 	"github.com/hibiken/asynq"
@@ -15,6 +13,7 @@ import (
 	"github.com/carpool-go/carpool/dbpool"
 	"github.com/carpool-go/carpool/internal/asynqwire"
 	"github.com/carpool-go/carpool/internal/reason"
+	"github.com/carpool-go/carpool/internal/sqlstate"
 	"github.com/carpool-go/carpool/tasks"
 )
 
@@ -35,6 +34,11 @@ func postponed(err error) error {
 	return &postponedError{err, time.Second + rand.N(postponeDelay)}
 }
 
+// postponedFor postpones a job for about the delay: half of it to one and a half.
+func postponedFor(delay time.Duration, err error) error {
+	return &postponedError{err, delay/2 + rand.N(delay)}
+}
+
 // errCancelled is returned for a job that was cancelled while it ran.
 var errCancelled = tasks.Permanent(errors.New(reason.Cancelled))
 
@@ -50,7 +54,7 @@ func isConflict(err error) bool {
 // 53400, the limit on a session's own temporary files.
 func isExhausted(err error) bool {
 	e, ok := errors.AsType[*pgconn.PgError](err)
-	return ok && strings.HasPrefix(e.Code, pgerrcode.InsufficientResources[:2]) && e.Code != pgerrcode.ConfigurationLimitExceeded
+	return ok && sqlstate.HasClass(e, pgerrcode.InsufficientResources) && e.Code != pgerrcode.ConfigurationLimitExceeded
 }
 
 // isRefusal reports whether err is Postgres' answer to a statement, and not one
@@ -65,10 +69,8 @@ func isRefusal(err error) bool {
 // The whole classes are meant.
 func isForGood(err error) bool {
 	e, ok := errors.AsType[*pgconn.PgError](err)
-	return ok && slices.ContainsFunc([]string{
-		pgerrcode.InvalidAuthorizationSpecification, pgerrcode.InvalidCatalogName,
-		pgerrcode.InvalidSchemaName, pgerrcode.SyntaxErrorOrAccessRuleViolation,
-	}, func(class string) bool { return strings.HasPrefix(e.Code, class[:2]) })
+	return ok && sqlstate.HasClass(e, pgerrcode.InvalidAuthorizationSpecification, pgerrcode.InvalidCatalogName,
+		pgerrcode.InvalidSchemaName, pgerrcode.SyntaxErrorOrAccessRuleViolation)
 }
 
 // isFailure is asynq's question whether an error uses up a try.
