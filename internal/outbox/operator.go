@@ -40,26 +40,14 @@ const listSQL = `SELECT id::text, kind, queue, created_at, extract(epoch FROM cl
 // List returns the rows that the filter chooses, in the order in which they were put in,
 // limit at most; 0 is no limit. Ids of another form than [IsID]'s are never there.
 func List(ctx context.Context, db Queryer, f Filter, limit int) ([]Entry, error) {
-	var ids []string
-	if f.IDs != nil {
-		ids = []string{}
-	}
-	for _, id := range f.IDs {
-		if IsID(id) {
-			ids = append(ids, id)
-		}
-	}
 	both := f.Waiting == f.Rejected
-	rows, err := db.Query(ctx, listSQL, ids, f.Kind, f.Problem, both || f.Waiting, both || f.Rejected, zeronull.Int8(limit))
-	if err != nil {
-		return nil, fmt.Errorf("look at the outbox: %w", err)
-	}
-	entries, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (e Entry, err error) {
+	entry := func(row pgx.CollectableRow) (e Entry, err error) {
 		var age float64
 		err = row.Scan(&e.ID, &e.Kind, (*zeronull.Text)(&e.Queue), &e.CreatedAt, &age, (*zeronull.Text)(&e.Problem))
 		e.Age = max(0, seconds(age))
 		return e, err
-	})
+	}
+	entries, err := collect(ctx, db, entry, listSQL, known(f.IDs), f.Kind, f.Problem, both || f.Waiting, both || f.Rejected, zeronull.Int8(limit))
 	if err != nil {
 		return nil, fmt.Errorf("look at the outbox: %w", err)
 	}
@@ -90,11 +78,7 @@ func Delete(ctx context.Context, db Queryer, ids []string) ([]string, error) {
 }
 
 func changed(ctx context.Context, db Queryer, sql string, ids []string) ([]string, error) {
-	rows, err := db.Query(ctx, sql, ids)
-	if err != nil {
-		return nil, fmt.Errorf("change the outbox: %w", err)
-	}
-	done, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	done, err := collect(ctx, db, pgx.RowTo[string], sql, ids)
 	if err != nil {
 		return nil, fmt.Errorf("change the outbox: %w", err)
 	}

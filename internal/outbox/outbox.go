@@ -10,6 +10,7 @@ package outbox
 import (
 	"context"
 	"regexp"
+	"slices"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -112,16 +113,15 @@ var uuidForm = regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
 // case. Jobs that were enqueued in Redis may have others.
 func IsID(id string) bool { return uuidForm.MatchString(id) }
 
+// known returns those of the ids that have the form of [IsID]; nil stays nil, and means any.
+func known(ids []string) []string {
+	return slices.DeleteFunc(slices.Clone(ids), func(id string) bool { return !IsID(id) })
+}
+
 // Present returns which of the ids the outbox has, whether they wait for a relay or are
 // rejected. Ids of another form than [IsID]'s are never there.
 func Present(ctx context.Context, db Queryer, ids []string) (map[string]bool, error) {
-	var known []string
-	for _, id := range ids {
-		if IsID(id) {
-			known = append(known, id)
-		}
-	}
-	rows, err := db.Query(ctx, "SELECT id::text FROM carpool.outbox WHERE id = ANY($1::text[]::uuid[])", known)
+	rows, err := db.Query(ctx, "SELECT id::text FROM carpool.outbox WHERE id = ANY($1::text[]::uuid[])", known(ids))
 	if err != nil {
 		return nil, err
 	}
@@ -132,6 +132,15 @@ func Present(ctx context.Context, db Queryer, ids []string) (map[string]bool, er
 		return nil
 	})
 	return present, err
+}
+
+// collect returns the rows of a query, or its error.
+func collect[T any](ctx context.Context, db Queryer, row pgx.RowToFunc[T], sql string, args ...any) ([]T, error) {
+	rows, err := db.Query(ctx, sql, args...)
+	if err != nil {
+		return nil, err
+	}
+	return pgx.CollectRows(rows, row)
 }
 
 // Remove deletes a row, waiting or rejected, and reports whether there was one. It waits

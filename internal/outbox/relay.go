@@ -105,11 +105,7 @@ type KindCount struct {
 // kinds, and returns how many they were, by kind. A worker that knew a kind would have
 // moved them by then.
 func RejectUnknown(ctx context.Context, db Queryer, kinds []string) ([]KindCount, error) {
-	rows, err := db.Query(ctx, rejectUnknownSQL, kinds, UnknownKind)
-	if err != nil {
-		return nil, fmt.Errorf("set rows of the outbox aside: %w", err)
-	}
-	rejected, err := pgx.CollectRows(rows, pgx.RowToStructByPos[KindCount])
+	rejected, err := collect(ctx, db, pgx.RowToStructByPos[KindCount], rejectUnknownSQL, kinds, UnknownKind)
 	if err != nil {
 		return nil, fmt.Errorf("set rows of the outbox aside: %w", err)
 	}
@@ -122,11 +118,7 @@ const unknownSQL = `SELECT kind, count(*) FROM carpool.outbox WHERE problem IS N
 // Unknown counts the rows, by kind, that wait and are of none of kinds, and have waited for
 // at least as long.
 func Unknown(ctx context.Context, db Queryer, kinds []string, waited time.Duration) ([]KindCount, error) {
-	rows, err := db.Query(ctx, unknownSQL, kinds, waited.Seconds())
-	if err != nil {
-		return nil, fmt.Errorf("look at the kinds of the outbox: %w", err)
-	}
-	unknown, err := pgx.CollectRows(rows, pgx.RowToStructByPos[KindCount])
+	unknown, err := collect(ctx, db, pgx.RowToStructByPos[KindCount], unknownSQL, kinds, waited.Seconds())
 	if err != nil {
 		return nil, fmt.Errorf("look at the kinds of the outbox: %w", err)
 	}

@@ -44,11 +44,7 @@ const problemsSQL = `SELECT problem, count(*) FROM carpool.outbox WHERE problem 
 
 // Problems returns the most frequent problems, limit at most.
 func Problems(ctx context.Context, db Queryer, limit int) ([]Problem, error) {
-	rows, err := db.Query(ctx, problemsSQL, limit)
-	if err != nil {
-		return nil, fmt.Errorf("look at the problems of the outbox: %w", err)
-	}
-	problems, err := pgx.CollectRows(rows, pgx.RowToStructByPos[Problem])
+	problems, err := collect(ctx, db, pgx.RowToStructByPos[Problem], problemsSQL, limit)
 	if err != nil {
 		return nil, fmt.Errorf("look at the problems of the outbox: %w", err)
 	}
