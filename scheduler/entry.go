@@ -1,6 +1,7 @@
 package scheduler
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/carpool-go/carpool/internal/asynqwire"
 	"github.com/carpool-go/carpool/internal/outbox"
 	"github.com/carpool-go/carpool/tasks"
 )
@@ -86,7 +88,7 @@ func (e Entry) Validate() error {
 	} else if err := e.Payload.Validate(); err != nil {
 		add("payload: %w", err)
 	}
-	if o := e.Options; o.Queue != "" && !entryName.MatchString(o.Queue) {
+	if o := e.Options; o.Queue != "" && !asynqwire.IsQueueName(o.Queue) {
 		add("queue: %.100q is not made of 1 to 100 letters, digits, or _ . : -", o.Queue)
 	}
 	if n := e.Options.MaxRetry; n > math.MaxInt32 {
@@ -137,8 +139,8 @@ func (e Entry) definition() (definition, error) {
 		return definition{}, fmt.Errorf("payload: %w", err)
 	}
 	d := definition{
-		name: e.Name, cron: e.Cron, zone: orDefault(e.TimeZone, "UTC"), kind: e.Payload.Kind(), payload: string(payload),
-		missed: orDefault(e.Missed, MissedOnce), overlap: orDefault(e.Overlap, OverlapAllow),
+		name: e.Name, cron: e.Cron, zone: cmp.Or(e.TimeZone, "UTC"), kind: e.Payload.Kind(), payload: string(payload),
+		missed: cmp.Or(e.Missed, MissedOnce), overlap: cmp.Or(e.Overlap, OverlapAllow),
 	}
 	o := e.Options
 	if o.Queue != "" {
@@ -168,13 +170,6 @@ func duration(seconds *float64) time.Duration {
 		return 0
 	}
 	return time.Duration(*seconds * float64(time.Second))
-}
-
-func orDefault[T ~string](v, otherwise T) T {
-	if v == "" {
-		return otherwise
-	}
-	return v
 }
 
 // tickSpace is the namespace of the ids of ticks' jobs.

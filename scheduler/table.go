@@ -23,16 +23,25 @@ var (
 )
 
 const (
-	addSQL = `INSERT INTO carpool.schedules
-		(name, cron, time_zone, kind, payload, queue, max_retry, timeout, retention, missed, overlap)
-	VALUES ($1, $2, $3, $4, $5, $6, $7, make_interval(secs => $8), make_interval(secs => $9), $10, $11)
+	// insertSQL takes the [definition.args]. What is done about an entry of the same name
+	// is to follow.
+	insertSQL = `INSERT INTO carpool.schedules AS s
+		(name, cron, time_zone, kind, payload, queue, max_retry, timeout, retention, missed, overlap, source)
+	VALUES ($1, $2, $3, $4, $5, $6, $7, make_interval(secs => $8), make_interval(secs => $9), $10, $11, $12)
 	ON CONFLICT (name) DO `
-
-	replaceSQL = addSQL + `UPDATE SET
-		(cron, time_zone, kind, payload, queue, max_retry, timeout, retention, missed, overlap, source, problem)
+	// updateSQL puts the new definition in the place of the old one.
+	updateSQL = `(cron, time_zone, kind, payload, queue, max_retry, timeout, retention, missed, overlap)
 		= (excluded.cron, excluded.time_zone, excluded.kind, excluded.payload, excluded.queue, excluded.max_retry,
-			excluded.timeout, excluded.retention, excluded.missed, excluded.overlap, 'table', NULL)`
+			excluded.timeout, excluded.retention, excluded.missed, excluded.overlap)`
+
+	addSQL     = insertSQL + `NOTHING`
+	replaceSQL = insertSQL + `UPDATE SET ` + updateSQL + `, source = excluded.source, problem = NULL`
 )
+
+// args are those of insertSQL; source is "code" or "table".
+func (d definition) args(source string) []any {
+	return []any{d.name, d.cron, d.zone, d.kind, d.payload, d.queue, d.maxRetry, d.timeout, d.retention, d.missed, d.overlap, source}
+}
 
 // Add validates an entry and writes it to carpool.schedules; running workers take it
 // up within a second. Where another entry has its name, Add puts this one in its place
@@ -46,11 +55,11 @@ func Add(ctx context.Context, db *dbpool.Pool, e Entry, replace bool) error {
 	if err != nil {
 		return fmt.Errorf("scheduler: add: %w", err)
 	}
-	sql := addSQL + "NOTHING"
+	sql := addSQL
 	if replace {
 		sql = replaceSQL
 	}
-	tag, err := db.Exec(ctx, sql, d.args()...)
+	tag, err := db.Exec(ctx, sql, d.args("table")...)
 	if err != nil {
 		return fmt.Errorf("scheduler: add %.100q: %w", e.Name, err)
 	}
