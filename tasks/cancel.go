@@ -42,8 +42,8 @@ const (
 func (c *Client) Cancel(ctx context.Context, id string) error {
 	var told, parked time.Time
 	running := false
+	info, err := c.find(ctx, id)
 	for {
-		info, err := c.find(ctx, id)
 		if running && (errors.Is(err, ErrNoSuchJob) || err == nil && info.State == asynq.TaskStateCompleted) {
 			return fmt.Errorf("tasks: cancel job %s: %w: it has succeeded all the same", id, ErrJobEnded)
 		}
@@ -96,6 +96,7 @@ func (c *Client) Cancel(ctx context.Context, id string) error {
 		if err := wait.For(ctx, cancelCheck); err != nil {
 			return fmt.Errorf("tasks: cancel job %s: it still runs: %w", id, err)
 		}
+		info, err = c.look(ctx, info.Queue, id)
 	}
 }
 
@@ -106,16 +107,24 @@ func (c *Client) find(ctx context.Context, id string) (*asynq.TaskInfo, error) {
 		return nil, fmt.Errorf("list the queues: %w", err)
 	}
 	for _, queue := range queues {
-		if err := ctx.Err(); err != nil {
-			return nil, context.Cause(ctx)
-		}
-		info, err := c.inspector.GetTaskInfo(queue, id)
-		if err == nil {
-			return info, nil
-		}
-		if !errors.Is(err, asynq.ErrTaskNotFound) && !errors.Is(err, asynq.ErrQueueNotFound) {
-			return nil, fmt.Errorf("look for it on queue %s: %w", queue, err)
+		if info, err := c.look(ctx, queue, id); !errors.Is(err, ErrNoSuchJob) {
+			return info, err
 		}
 	}
 	return nil, ErrNoSuchJob
+}
+
+// look looks for a job on one queue. The error wraps [ErrNoSuchJob] if it isn't there.
+func (c *Client) look(ctx context.Context, queue, id string) (*asynq.TaskInfo, error) {
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	info, err := c.inspector.GetTaskInfo(queue, id)
+	if errors.Is(err, asynq.ErrTaskNotFound) || errors.Is(err, asynq.ErrQueueNotFound) {
+		return nil, ErrNoSuchJob
+	}
+	if err != nil {
+		return nil, fmt.Errorf("look for it on queue %s: %w", queue, err)
+	}
+	return info, nil
 }

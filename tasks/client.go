@@ -69,12 +69,9 @@ type EnqueueOptions struct {
 // The error is a [PayloadError] for a payload that is not valid, a [DuplicateError] for a
 // unique key that is held, one for an ID that can't be used, or Redis'.
 func (c *Client) Enqueue(ctx context.Context, p Payload, opts *EnqueueOptions) (*Info, error) {
-	if err := p.Validate(); err != nil {
-		return nil, fmt.Errorf("tasks: enqueue: %w", Permanent(&PayloadError{p.Kind(), err}))
-	}
-	data, err := json.Marshal(p)
+	data, err := encode(p)
 	if err != nil {
-		return nil, fmt.Errorf("tasks: enqueue %s: %w", p.Kind(), err)
+		return nil, err
 	}
 	if opts == nil {
 		opts = &EnqueueOptions{}
@@ -133,6 +130,18 @@ func (c *Client) Enqueue(ctx context.Context, p Payload, opts *EnqueueOptions) (
 		return nil, fmt.Errorf("tasks: enqueue %s: %w", p.Kind(), err)
 	}
 	return infoOf(info), nil
+}
+
+// encode returns the JSON of a payload that is valid. Its error is that of enqueueing it.
+func encode(p Payload) ([]byte, error) {
+	if err := p.Validate(); err != nil {
+		return nil, fmt.Errorf("tasks: enqueue: %w", Permanent(&PayloadError{p.Kind(), err}))
+	}
+	data, err := json.Marshal(p)
+	if err != nil {
+		return nil, fmt.Errorf("tasks: enqueue %s: %w", p.Kind(), err)
+	}
+	return data, nil
 }
 
 // validID leaves out what has a meaning in Redis keys, and what can't be seen.

@@ -35,12 +35,9 @@ func (c *Client) EnqueueTx(ctx context.Context, tx interface {
 	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
 }, p Payload, opts *EnqueueOptions,
 ) (id string, err error) {
-	if err := p.Validate(); err != nil {
-		return "", fmt.Errorf("tasks: enqueue: %w", Permanent(&PayloadError{p.Kind(), err}))
-	}
-	data, err := json.Marshal(p)
+	data, err := encode(p)
 	if err != nil {
-		return "", fmt.Errorf("tasks: enqueue %s: %w", p.Kind(), err)
+		return "", err
 	}
 	if opts == nil {
 		opts = &EnqueueOptions{}
