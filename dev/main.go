@@ -13,7 +13,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"syscall"
 	"time"
@@ -21,12 +20,7 @@ import (
 	"github.com/carpool-go/carpool/dev/internal/command"
 )
 
-func main() {
-	ctx, stop := command.UntilSignal()
-	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
-	stop()
-	os.Exit(code)
-}
+func main() { command.Main(run) }
 
 // run is the whole program but for its process: it returns the exit code, unless it becomes the tour.
 func run(ctx context.Context, args []string, out, errOut io.Writer) int {
@@ -45,7 +39,7 @@ func run(ctx context.Context, args []string, out, errOut io.Writer) int {
 		}
 		return opts.ExitCode(err, errOut)
 	}
-	code, err = become(filepath.Join(folder, program("tour")), args, append(os.Environ(), command.Programs+"="+folder))
+	code, err = become(filepath.Join(folder, command.File("tour")), args, append(os.Environ(), command.Programs+"="+folder))
 	if err != nil {
 		return opts.ExitCode(err, errOut)
 	}
@@ -108,12 +102,4 @@ func become(path string, args, env []string) (code int, err error) {
 		return 1, fmt.Errorf("start the tour: %w", err)
 	}
 	return cmd.ProcessState.ExitCode(), nil
-}
-
-// program is the name of a program's file.
-func program(name string) string {
-	if runtime.GOOS == "windows" {
-		name += ".exe"
-	}
-	return name
 }

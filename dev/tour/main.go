@@ -7,18 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"time"
 
 	"github.com/carpool-go/carpool/dev/internal/command"
 )
 
-func main() {
-	ctx, stop := command.UntilSignal()
-	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
-	stop()
-	os.Exit(code)
-}
+func main() { command.Main(run) }
 
 // run is the whole program but for its process: it returns the exit code.
 func run(ctx context.Context, args []string, out, errOut io.Writer) int {

@@ -12,7 +12,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -180,11 +179,7 @@ func (s *stack) ownEnvironmentFile() string { return filepath.Join(s.folder.Path
 
 // program is the worker's, of which the monitor is a command.
 func (s *stack) program() string {
-	name := "worker"
-	if runtime.GOOS == "windows" {
-		name += ".exe"
-	}
-	return filepath.Join(s.folder.Path(), "bin", name)
+	return filepath.Join(s.folder.Path(), "bin", command.File("worker"))
 }
 
 // runToEnd runs a program until it ends, or the context does.

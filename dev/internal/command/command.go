@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -81,6 +82,14 @@ func (o Options) ExitCode(err error, errOut io.Writer) int {
 	return 1
 }
 
+// Main runs a program of `go run ./dev` until it ends or a signal comes, and ends the process with its exit code.
+func Main(run func(ctx context.Context, args []string, out, errOut io.Writer) (code int)) {
+	ctx, stop := UntilSignal()
+	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)
+	stop()
+	os.Exit(code)
+}
+
 // UntilSignal returns a context that ends at Ctrl-C, SIGTERM or SIGHUP, and if `go run`, which passes no signal on, is gone.
 // A second signal ends the program at once; the servers' watchdogs then clean up.
 func UntilSignal() (context.Context, context.CancelFunc) {
@@ -112,6 +121,14 @@ func isGo(pid int) bool {
 		name, err = exec.Command("ps", "-o", "comm=", "-p", strconv.Itoa(pid)).Output()
 	}
 	return err == nil && filepath.Base(strings.TrimSpace(string(name))) == "go"
+}
+
+// File is the name of a program's file.
+func File(program string) string {
+	if runtime.GOOS == "windows" {
+		program += ".exe"
+	}
+	return program
 }
 
 // Took says how long ago something began.
