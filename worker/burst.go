@@ -3,11 +3,12 @@ package worker
 import (
 	"context"
 	"log/slog"
+	"strconv"
 	"time"
 
-	"github.com/hibiken/asynq"
 	"github.com/redis/go-redis/v9"
 
+	"github.com/carpool-go/carpool/internal/asynqwire"
 	"github.com/carpool-go/carpool/worker/internal/delivery"
 	"github.com/carpool-go/carpool/worker/internal/relay"
 )
@@ -21,7 +22,6 @@ func drain(ctx context.Context, outbox *relay.Relay, rdb redis.UniversalClient, 
 		return
 	case <-outbox.CaughtUp():
 	}
-	inspector := asynq.NewInspectorFromRedisClient(rdb)
 	tick := time.NewTicker(2 * delivery.IdleCheck)
 	defer tick.Stop()
 	for seen := 0; seen < 2; {
@@ -30,8 +30,10 @@ func drain(ctx context.Context, outbox *relay.Relay, rdb redis.UniversalClient, 
 			return
 		case <-tick.C:
 		}
-		nothing, err := isIdle(inspector, queues)
+		nothing, err := isIdle(ctx, rdb, queues)
 		switch {
+		case ctx.Err() != nil:
+			return
 		case err != nil:
 			log.Warn("the queues could not be looked at", "error", err)
 			seen = 0
@@ -44,32 +46,25 @@ func drain(ctx context.Context, outbox *relay.Relay, rdb redis.UniversalClient, 
 }
 
 // isIdle reports whether the queues hold nothing that is due.
-func isIdle(inspector *asynq.Inspector, queues map[string]int) (bool, error) {
-	existing, err := inspector.Queues()
+func isIdle(ctx context.Context, rdb redis.UniversalClient, queues map[string]int) (bool, error) {
+	type lookAt struct{ paused, pending, scheduled, retried *redis.IntCmd }
+	var looks []lookAt
+	now := strconv.FormatInt(time.Now().Unix(), 10) // as asynq's scores are
+	_, err := rdb.Pipelined(ctx, func(pipe redis.Pipeliner) error {
+		for queue := range queues {
+			looks = append(looks, lookAt{
+				pipe.Exists(ctx, asynqwire.Paused(queue)), pipe.LLen(ctx, asynqwire.Pending(queue)),
+				pipe.ZCount(ctx, asynqwire.Scheduled(queue), "-inf", now), pipe.ZCount(ctx, asynqwire.Retry(queue), "-inf", now),
+			})
+		}
+		return nil
+	})
 	if err != nil {
 		return false, err
 	}
-	for _, queue := range existing {
-		if _, ours := queues[queue]; !ours {
-			continue
-		}
-		info, err := inspector.GetQueueInfo(queue)
-		if err != nil {
-			return false, err
-		}
-		if info.Pending > 0 && !info.Paused {
+	for _, l := range looks {
+		if l.pending.Val() > 0 && l.paused.Val() == 0 || l.scheduled.Val() > 0 || l.retried.Val() > 0 {
 			return false, nil
-		}
-		for _, list := range []func(string, ...asynq.ListOption) ([]*asynq.TaskInfo, error){
-			inspector.ListScheduledTasks, inspector.ListRetryTasks,
-		} {
-			next, err := list(queue, asynq.PageSize(1)) // the earliest first
-			if err != nil {
-				return false, err
-			}
-			if len(next) > 0 && !next[0].NextProcessAt.After(time.Now()) {
-				return false, nil
-			}
 		}
 	}
 	return true, nil
