@@ -160,7 +160,7 @@ func (m *migrateCmd) Run(ctx context.Context, in *invocation) error {
 	for _, line := range in.misspelt() {
 		log.Warn(line)
 	}
-	db, err := m.open(in, log)
+	db, err := m.open(log)
 	if err != nil {
 		return err
 	}

@@ -121,7 +121,12 @@ type faults struct {
 func (in *invocation) faults() *faults { return &faults{env: in.Env} }
 
 func (f *faults) add(name, problem, example string) {
-	f.list = append(f.list, fmt.Sprintf("%s %s; for example %s=%s", name, problem, name, example))
+	f.list = append(f.list, faultLine(name, problem, example))
+}
+
+// faultLine says what is wrong with a setting, and how it is set.
+func faultLine(name, problem, example string) string {
+	return fmt.Sprintf("%s %s; for example %s=%s", name, problem, name, example)
 }
 
 func (f *faults) err() error {
@@ -151,12 +156,15 @@ const (
 	exampleDatabaseURL = "postgres://user:password@localhost:5432/app"
 )
 
+// flagsAreSeen is why a secret must not be given as a flag.
+const flagsAreSeen = "which everybody on the machine can read in the list of processes; set the variable instead"
+
 func (f *faults) redisURL(value string) string {
 	switch {
 	case value == "":
 		f.add("REDIS_URL", "is not set", exampleRedisURL)
 	case f.secretInFlag("REDIS_URL", value):
-		f.add("REDIS_URL", "is given as a flag with a password in it, which everybody on the machine can read in the list of processes; set the variable instead", exampleRedisURL)
+		f.add("REDIS_URL", "is given as a flag with a password in it, "+flagsAreSeen, exampleRedisURL)
 	default:
 		rdb, err := tasks.OpenRedis(value)
 		if err != nil {
@@ -173,7 +181,7 @@ func (f *faults) databaseURL(value string) string {
 	case value == "":
 		f.add("DATABASE_URL", "is not set", exampleDatabaseURL)
 	case f.secretInFlag("DATABASE_URL", value):
-		f.add("DATABASE_URL", "is given as a flag with a password in it, which everybody on the machine can read in the list of processes; set the variable instead", exampleDatabaseURL)
+		f.add("DATABASE_URL", "is given as a flag with a password in it, "+flagsAreSeen, exampleDatabaseURL)
 	case !strings.HasPrefix(value, "postgres://") && !strings.HasPrefix(value, "postgresql://"):
 		f.add("DATABASE_URL", "is wrong: it must begin with postgres:// or postgresql://", exampleDatabaseURL)
 	case bareParam.MatchString(redactURL(value)): // pgx' error would show it

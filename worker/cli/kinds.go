@@ -173,7 +173,9 @@ func shortDuration(d time.Duration) string {
 
 func quoteSQL(s string) string { return "'" + strings.ReplaceAll(s, "'", "''") + "'" }
 
+func quoteShell(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
+
 // exampleLine is a command that can be pasted into a shell.
 func (in *invocation) exampleLine(task *tasks.Task) string {
-	return fmt.Sprintf("%s enqueue %s '%s'", in.Name, task.Kind, strings.ReplaceAll(task.Example(), "'", `'\''`))
+	return fmt.Sprintf("%s enqueue %s %s", in.Name, task.Kind, quoteShell(task.Example()))
 }

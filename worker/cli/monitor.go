@@ -55,7 +55,7 @@ func (m *monitorCmd) config(in *invocation) (monitor.Config, error) {
 	f := in.faults()
 	f.redisURL(m.RedisURL)
 	if m.Password != f.env("MONITOR_PASSWORD") {
-		f.list = append(f.list, "MONITOR_PASSWORD is given as a flag, which everybody on the machine can read in the list of processes; set the variable instead")
+		f.list = append(f.list, "MONITOR_PASSWORD is given as a flag, "+flagsAreSeen)
 	}
 	host, _, err := net.SplitHostPort(m.Addr)
 	switch {

@@ -14,14 +14,9 @@ import (
 const commandTimeout = 10 * time.Second
 
 // open opens a pool of a single connection for a command, which connects when it is used.
-// log takes what the pool logs.
-func (s databaseSettings) open(in *invocation, log *slog.Logger) (*dbpool.Pool, error) {
-	f := in.faults()
-	url := f.databaseURL(s.DatabaseURL)
-	if err := f.err(); err != nil {
-		return nil, err
-	}
-	cfg := dbpool.DefaultConfig(url)
+// log takes what the pool logs. The URL is one that [faults.databaseURL] finds right.
+func (s databaseSettings) open(log *slog.Logger) (*dbpool.Pool, error) {
+	cfg := dbpool.DefaultConfig(s.DatabaseURL)
 	cfg.Size, cfg.MaxOverflow, cfg.Timeout = 1, 0, commandTimeout
 	cfg.Logger = log
 	cfg.ThroughPooler = true // it may be; for a few statements it makes no difference
@@ -57,7 +52,7 @@ func (in *invocation) withServers(r redisSettings, d databaseSettings, use func(
 	if d.DatabaseURL == "" {
 		return use(admin.New(rdb, nil), func(err error) error { return fault.explain(r.RedisURL, err) })
 	}
-	db, err := d.open(in, slog.New(slog.DiscardHandler))
+	db, err := d.open(slog.New(slog.DiscardHandler))
 	if err != nil {
 		return err
 	}
@@ -70,7 +65,12 @@ func (in *invocation) withServers(r redisSettings, d databaseSettings, use func(
 
 // withDatabase opens the database for as long as use takes, and explains its errors.
 func (in *invocation) withDatabase(s databaseSettings, use func(*dbpool.Pool) error) error {
-	db, err := s.open(in, slog.New(slog.DiscardHandler))
+	f := in.faults()
+	f.databaseURL(s.DatabaseURL)
+	if err := f.err(); err != nil {
+		return err
+	}
+	db, err := s.open(slog.New(slog.DiscardHandler))
 	if err != nil {
 		return err
 	}

@@ -70,15 +70,11 @@ func (f *redisFault) explain(url string, err error) error {
 	return err
 }
 
-// open opens Redis for a command, which says itself what is wrong with it.
+// open opens Redis for a command, which says itself what is wrong with it. The URL is one
+// that [faults.redisURL] finds right.
 func (s redisSettings) open(in *invocation) (redis.UniversalClient, error) {
-	f := in.faults()
-	url := f.redisURL(s.RedisURL)
-	if err := f.err(); err != nil {
-		return nil, err
-	}
 	in.process.logRedis(slog.New(slog.DiscardHandler))
-	return tasks.OpenRedis(url)
+	return tasks.OpenRedis(s.RedisURL)
 }
 
 // openWatched opens Redis for a command, with the fault that explains its errors.
@@ -94,6 +90,11 @@ func (s redisSettings) openWatched(in *invocation) (redis.UniversalClient, *redi
 
 // withRedis opens Redis for as long as use takes, and explains its errors.
 func (in *invocation) withRedis(s redisSettings, use func(redis.UniversalClient) error) error {
+	f := in.faults()
+	f.redisURL(s.RedisURL)
+	if err := f.err(); err != nil {
+		return err
+	}
 	rdb, fault, err := s.openWatched(in)
 	if err != nil {
 		return err

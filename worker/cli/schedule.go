@@ -86,7 +86,7 @@ func (a *scheduleAddCmd) Run(ctx context.Context, in *invocation) error {
 func (a *scheduleAddCmd) entry(ctx context.Context, in *invocation) (scheduler.Entry, error) {
 	var faults []string
 	payload, err := in.readPayload(ctx, a.Kind, a.Payload, func(task *tasks.Task) string {
-		return "'" + task.Example() + "'"
+		return quoteShell(task.Example())
 	})
 	if err != nil {
 		if _, wrong := errors.AsType[argumentError](err); !wrong {

@@ -253,7 +253,7 @@ func TestDatabase_OfACommandIsOneConnectionThatLogsWhereTheCommandDoes(t *testin
 	log := workertest.NewLog()
 	url := testservers.Postgres(t)
 	in := &invocation{Program: Program{Env: variables(map[string]string{"DATABASE_URL": url})}, stderr: log}
-	db, err := databaseSettings{url}.open(in, in.newLogger(slog.LevelInfo, "json"))
+	db, err := databaseSettings{url}.open(in.newLogger(slog.LevelInfo, "json"))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -323,7 +323,7 @@ func (s *groupSettings) read() (faults []string) {
 		before := len(faults)
 		for _, set := range of.settings {
 			if problem := s.apply(set); problem != "" {
-				faults = append(faults, fmt.Sprintf("%s %s; for example %s=%s", set.variable, problem, set.variable, set.example))
+				faults = append(faults, faultLine(set.variable, problem, set.example))
 			}
 		}
 		if g, ok := of.group.(interface{ Check() error }); ok && len(faults) == before {
@@ -350,7 +350,7 @@ func (s *groupSettings) readVariables() (faults []string) {
 func (s *groupSettings) apply(set *setting) (problem string) {
 	text, given := s.text(set)
 	if set.secret && set.flag.Addr().Interface().(*secretFlag).given {
-		return "is given as a flag, which everybody on the machine can read in the list of processes; set the variable instead"
+		return "is given as a flag, " + flagsAreSeen
 	}
 	if !given {
 		set.field.Set(set.fallback)

@@ -125,7 +125,7 @@ func (b *bundle) exec(t *testing.T, sql string) {
 
 func openTestOne(t *testing.T, url string) *dbpool.Pool {
 	t.Helper()
-	db, err := databaseSettings{url}.open(&invocation{Program: Program{Env: variables(map[string]string{"DATABASE_URL": url})}}, workertest.Discard())
+	db, err := databaseSettings{url}.open(workertest.Discard())
 	if err != nil {
 		t.Fatal(err)
 	}
