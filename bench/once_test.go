@@ -3,7 +3,6 @@ package bench
 import (
 	"context"
 	"log/slog"
-	"net/url"
 	"testing"
 	"time"
 
@@ -30,13 +29,8 @@ func BenchmarkOnce(b *testing.B) {
 	if err := schema.Migrate(b.Context(), databaseURL, log); err != nil {
 		b.Fatal(err)
 	}
-	server, err := url.Parse(databaseURL)
-	if err != nil {
-		b.Fatal(err)
-	}
-	far := testservers.NewProxy(b, server.Host)
+	farURL, far := testservers.ThroughProxy(b, databaseURL)
 	far.Delay(500 * time.Microsecond) // each way
-	server.Host = far.Addr()
 
 	effect := func(ctx context.Context, tx pgx.Tx) error {
 		_, err := tx.Exec(ctx, "INSERT INTO effects VALUES ($1)", 1)
@@ -55,8 +49,8 @@ func BenchmarkOnce(b *testing.B) {
 	}{
 		{"here/own", databaseURL, &own},
 		{"here/once", databaseURL, &once},
-		{"away/own", server.String(), &own},
-		{"away/once", server.String(), &once},
+		{"away/own", farURL, &own},
+		{"away/once", farURL, &once},
 	} {
 		b.Run(c.name, func(b *testing.B) {
 			cfg := dbpool.DefaultConfig(c.url)

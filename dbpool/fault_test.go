@@ -101,13 +101,8 @@ func TestPool_SurvivesWhatHappensToTheServer(t *testing.T) {
 			mustWork(t, p, "the server was stopped for a while")
 			p.Close()
 
-			u, err := url.Parse(server.URL())
-			if err != nil {
-				t.Fatal(err)
-			}
-			proxy := testservers.NewProxy(t, u.Host)
-			u.Host = proxy.Addr()
-			p = openOn(t, u.String(), func(c *dbpool.Config) { c.PingIdle, c.PingTimeout = 0, 500*time.Millisecond })
+			url, proxy := testservers.ThroughProxy(t, server.URL())
+			p = openOn(t, url, func(c *dbpool.Config) { c.PingIdle, c.PingTimeout = 0, 500*time.Millisecond })
 			fill(t, p, 10)
 			proxy.Reset()
 			mustWork(t, p, "the network has reset all connections")
@@ -153,7 +148,7 @@ func TestPool_ConnectionsThatHaveBecomeReadOnlyAreReplaced(t *testing.T) {
 		}
 	}
 	// Each is closed in the background.
-	eventually(t, "all three are closed", func() bool { return p.Stats().Counts.ClosedBroken >= 3 })
+	testservers.Eventually(t, "all three are closed", func() bool { return p.Stats().Counts.ClosedBroken >= 3 })
 	if s := p.Stats(); s.Counts.ClosedBroken != 3 {
 		t.Errorf("%+v", s)
 	}
@@ -171,10 +166,7 @@ func TestPool_ServerWithoutRoomIsAnErrorThatSaysSo(t *testing.T) {
 	if _, err := admin.Exec(t.Context(), "CREATE ROLE "+role+" LOGIN PASSWORD 'open sesame'"); err != nil {
 		t.Fatal(err)
 	}
-	u, err := url.Parse(server.URL())
-	if err != nil {
-		t.Fatal(err)
-	}
+	u := testservers.ParseURL(t, server.URL())
 	u.User = url.UserPassword(role, "open sesame")
 	p := openOn(t, u.String(), func(c *dbpool.Config) { c.Timeout = time.Second })
 	var held []*dbpool.Conn
@@ -237,13 +229,13 @@ func TestPool_ServerThatTurnsReadOnlyAndBackLeavesNoReadOnlyConnectionBehind(t *
 
 	fill(t, p, 5)
 	turn("on")
-	eventually(t, "the server takes no writes", func() bool { return insert() != nil })
+	testservers.Eventually(t, "the server takes no writes", func() bool { return insert() != nil })
 	e, ok := errors.AsType[*pgconn.PgError](insert())
 	if !ok || e.Code != "25006" {
 		t.Errorf("while the server takes no writes: %v", e)
 	}
 	turn("off")
-	eventually(t, "the server takes writes", func() bool { return insert() == nil })
+	testservers.Eventually(t, "the server takes writes", func() bool { return insert() == nil })
 	for range 20 {
 		if err := insert(); err != nil {
 			t.Errorf("a read-only connection was lent: %v", err)

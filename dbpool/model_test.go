@@ -6,7 +6,6 @@ import (
 	"flag"
 	"log/slog"
 	"maps"
-	"net/url"
 	"os"
 	"slices"
 	"sync"
@@ -101,16 +100,12 @@ func TestPool_KeepsItsPromisesThroughAnyHistory(t *testing.T) {
 }
 
 func newModel(t *testing.T, rt *rapid.T, databaseURL string) *model {
-	u, err := url.Parse(databaseURL)
-	if err != nil {
-		rt.Fatal(err)
-	}
 	m := &model{dead: map[uint32]bool{}, readOnly: map[uint32]bool{}}
+	url := databaseURL
 	if rapid.Bool().Draw(rt, "through a proxy") {
-		m.proxy = testservers.NewProxy(t, u.Host)
-		u.Host = m.proxy.Addr()
+		url, m.proxy = testservers.ThroughProxy(t, databaseURL)
 	}
-	cfg := dbpool.DefaultConfig(u.String())
+	cfg := dbpool.DefaultConfig(url)
 	cfg.Size = rapid.IntRange(1, 3).Draw(rt, "size")
 	cfg.MaxOverflow = rapid.IntRange(0, 2).Draw(rt, "overflow")
 	cfg.OverflowIdle = 0
@@ -120,6 +115,7 @@ func newModel(t *testing.T, rt *rapid.T, databaseURL string) *model {
 	cfg.Logger = slog.New(slog.DiscardHandler)
 	m.limit = cfg.Size + cfg.MaxOverflow
 	m.leaves = rapid.IntRange(0, 7).Draw(rt, "leaves connections out") == 7 // Close waits for them
+	var err error
 	if m.pool, err = dbpool.Open(context.Background(), cfg); err != nil {
 		rt.Fatal(err)
 	}

@@ -6,7 +6,6 @@ import (
 	"flag"
 	"log"
 	"log/slog"
-	"net/url"
 	"slices"
 	"strings"
 	"sync"
@@ -46,16 +45,8 @@ func open(t *testing.T, change func(*dbpool.Config)) *dbpool.Pool {
 	return p
 }
 
-// exampleTB lets examples, which get no testing.TB, have a database. It stays until
-// the package's server is stopped.
-type exampleTB struct{ testing.TB }
-
-func (exampleTB) Helper()                   {}
-func (exampleTB) Cleanup(func())            {}
-func (exampleTB) Fatal(args ...any)         { log.Fatal(args...) }
-func (exampleTB) Fatalf(f string, a ...any) { log.Fatalf(f, a...) }
-
-func databaseURL() string { return testservers.Postgres(exampleTB{}) }
+// databaseURL leads to a database for an example.
+func databaseURL() string { return testservers.Postgres(testservers.Example{}) }
 
 // openPool makes a pool for an example.
 func openPool() *dbpool.Pool {
@@ -117,16 +108,6 @@ func killOthers(t *testing.T, conn *pgx.Conn) {
 	}
 }
 
-// eventually waits for what nothing announces.
-func eventually(t *testing.T, what string, holds func() bool) {
-	t.Helper()
-	for giveUp := time.Now().Add(30 * time.Second); !holds(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(giveUp) {
-			t.Fatalf("it does not come about that %s", what)
-		}
-	}
-}
-
 func TestPool_TheConnectionUsedLastIsLentFirst(t *testing.T) {
 	t.Parallel()
 	p := open(t, nil)
@@ -167,7 +148,7 @@ func TestPool_NeverOpensMoreThanSizeAndOverflow(t *testing.T) {
 	if most.Load() > 3 {
 		t.Errorf("%d connections were lent at once, of 2 + 1", most.Load())
 	}
-	eventually(t, "all connections are idle", func() bool { return p.Stats().CheckedIn == 3 })
+	testservers.Eventually(t, "all connections are idle", func() bool { return p.Stats().CheckedIn == 3 })
 	if s := p.Stats(); s.CheckedOut != 0 || s.Waiting != 0 || s.Counts.Opened != 3 || s.Overflow != 1 {
 		t.Errorf("afterwards the pool stands so: %+v", s)
 	}
@@ -177,7 +158,7 @@ func TestPool_OverflowIsClosedAfterBeingIdleAndTheSizeIsKept(t *testing.T) {
 	t.Parallel()
 	p := open(t, func(c *dbpool.Config) { c.Size, c.MaxOverflow, c.OverflowIdle = 2, 3, 0 })
 	fill(t, p, 5)
-	eventually(t, "the overflow is closed", func() bool { return p.Stats().Overflow == 0 })
+	testservers.Eventually(t, "the overflow is closed", func() bool { return p.Stats().Overflow == 0 })
 	if s := p.Stats(); s.CheckedIn != 2 || s.Counts.ClosedOverflow != 3 {
 		t.Errorf("afterwards the pool stands so: %+v", s)
 	}
@@ -202,7 +183,7 @@ func TestPool_WaitersAreServedInTheirOrder(t *testing.T) {
 			mu.Unlock()
 			c.Release()
 		})
-		eventually(t, "the caller waits", func() bool { return p.Stats().Waiting == i+1 })
+		testservers.Eventually(t, "the caller waits", func() bool { return p.Stats().Waiting == i+1 })
 	}
 	held.Release()
 	wg.Wait()
@@ -267,7 +248,7 @@ func TestPool_CallerThatGivesUpLeavesItsPlaceToTheNext(t *testing.T) {
 		_, err := p.Acquire(ctx)
 		first <- err
 	}()
-	eventually(t, "the first waits", func() bool { return p.Stats().Waiting == 1 })
+	testservers.Eventually(t, "the first waits", func() bool { return p.Stats().Waiting == 1 })
 	second := make(chan error, 1)
 	go func() {
 		c, err := p.Acquire(t.Context())
@@ -276,7 +257,7 @@ func TestPool_CallerThatGivesUpLeavesItsPlaceToTheNext(t *testing.T) {
 		}
 		second <- err
 	}()
-	eventually(t, "the second waits", func() bool { return p.Stats().Waiting == 2 })
+	testservers.Eventually(t, "the second waits", func() bool { return p.Stats().Waiting == 2 })
 	cancel(gone)
 	if err := <-first; !errors.Is(err, gone) {
 		t.Errorf("the first got %v", err)
@@ -336,13 +317,7 @@ func proxied(t *testing.T, change func(*dbpool.Config)) (*dbpool.Pool, *testserv
 	t.Helper()
 	var proxy *testservers.Proxy
 	p := open(t, func(c *dbpool.Config) {
-		u, err := url.Parse(c.URL)
-		if err != nil {
-			t.Fatal(err)
-		}
-		proxy = testservers.NewProxy(t, u.Host)
-		u.Host = proxy.Addr()
-		c.URL = u.String()
+		c.URL, proxy = testservers.ThroughProxy(t, c.URL)
 		if change != nil {
 			change(c)
 		}
@@ -390,7 +365,7 @@ func losePing(t *testing.T, p *dbpool.Pool, proxy *testservers.Proxy) {
 	proxy.Blackhole()
 	done := make(chan error, 1)
 	go func() { _, err := p.Exec(t.Context(), "SELECT 1"); done <- err }()
-	eventually(t, "a connection is checked", func() bool { return p.Stats().CheckedOut == 1 })
+	testservers.Eventually(t, "a connection is checked", func() bool { return p.Stats().CheckedOut == 1 })
 	time.Sleep(20 * time.Millisecond) // for the ping to be sent; it is waited for much longer
 	proxy.Heal()
 	if err := <-done; err != nil {
@@ -502,7 +477,7 @@ func TestPool_ValidationLeavesAllOtherConnectionsToJobs(t *testing.T) {
 		done <- err
 	}()
 	for range 3 {
-		eventually(t, "a connection is being validated", func() bool { return p.Stats().CheckedIn < 3 })
+		testservers.Eventually(t, "a connection is being validated", func() bool { return p.Stats().CheckedIn < 3 })
 		a, b := acquire(t, p), acquire(t, p)
 		a.Release()
 		b.Release()
@@ -517,7 +492,7 @@ func TestPool_ValidationLeavesAllOtherConnectionsToJobs(t *testing.T) {
 
 func TestPool_LeakIsReportedOnceWithItsHolderAndStack(t *testing.T) {
 	t.Parallel()
-	var log syncBuffer
+	var log testservers.Log
 	p := open(t, func(c *dbpool.Config) {
 		c.LeakAfter = time.Millisecond
 		c.Logger = slog.New(slog.NewTextHandler(&log, nil))
@@ -527,7 +502,7 @@ func TestPool_LeakIsReportedOnceWithItsHolderAndStack(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the leak is reported", func() bool { return strings.Contains(log.String(), "is held for long") })
+	testservers.Eventually(t, "the leak is reported", func() bool { return strings.Contains(log.String(), "is held for long") })
 	for _, want := range []string{`held_by="csv:import 17"`, "TestPool_LeakIsReportedOnceWithItsHolderAndStack", `rows="left open"`} {
 		if !strings.Contains(log.String(), want) {
 			t.Errorf("the report lacks %s:\n%s", want, log.String())
@@ -593,7 +568,7 @@ func TestPool_CloseDoesNotHangOnALeak(t *testing.T) {
 
 func TestPool_EchoShowsStatementsWithoutTheirArguments(t *testing.T) {
 	t.Parallel()
-	var log syncBuffer
+	var log testservers.Log
 	p := open(t, func(c *dbpool.Config) {
 		c.Echo = true
 		c.Logger = slog.New(slog.NewTextHandler(&log, nil))
@@ -636,7 +611,7 @@ func TestPool_NewConnectionsArePreparedAndTraced(t *testing.T) {
 }
 
 // sqlTracer notes the statements it sees.
-type sqlTracer struct{ syncBuffer }
+type sqlTracer struct{ testservers.Log }
 
 func (s *sqlTracer) TraceQueryStart(ctx context.Context, _ *pgx.Conn, data pgx.TraceQueryStartData) context.Context {
 	_, _ = s.Write([]byte(data.SQL + "\n"))
@@ -674,23 +649,6 @@ func TestPool_ServerThatIsDownIsAnErrorAtOnce(t *testing.T) {
 	if _, err := p.Exec(t.Context(), "SELECT 1"); err != nil {
 		t.Error(err)
 	}
-}
-
-type syncBuffer struct {
-	mu sync.Mutex
-	b  strings.Builder
-}
-
-func (s *syncBuffer) Write(p []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.Write(p)
-}
-
-func (s *syncBuffer) String() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.String()
 }
 
 func TestPool_TextIsUTF8WhateverTheDatabasesEncodingOfClients(t *testing.T) {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
-	"net/url"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -41,13 +40,8 @@ func TestPool_NoJobSuffersFromAFaultThatWasOverBeforeIt(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer direct.Close(context.Background())
-	u, err := url.Parse(databaseURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	proxy := testservers.NewProxy(t, u.Host)
-	u.Host = proxy.Addr()
-	p := openOn(t, u.String(), func(c *dbpool.Config) {
+	proxied, proxy := testservers.ThroughProxy(t, databaseURL)
+	p := openOn(t, proxied, func(c *dbpool.Config) {
 		c.Size, c.MaxOverflow, c.OverflowIdle = 3, 2, 0
 		c.Recycle = 300 * time.Millisecond
 	})

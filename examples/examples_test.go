@@ -16,6 +16,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 
+	"github.com/carpool-go/carpool/internal/testservers"
 	"github.com/carpool-go/carpool/tasks"
 	"github.com/carpool-go/carpool/tasks/taskstest"
 )
@@ -88,10 +89,7 @@ func (order) Validate() error        { return nil }
 // that must be encoded in a URL, and returns the URL for it.
 func producer(t *testing.T, kit *taskstest.Kit) string {
 	t.Helper()
-	u, err := url.Parse(kit.DatabaseURL)
-	if err != nil {
-		t.Fatal(err)
-	}
+	u := testservers.ParseURL(t, kit.DatabaseURL)
 	role, password := "example_"+strings.Trim(u.Path, "/"), `p:/?#[]@%\20 é`
 	grants := []string{"CREATE ROLE " + role + " LOGIN PASSWORD '" + password + "'"}
 	readme, err := os.ReadFile("README.md")

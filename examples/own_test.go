@@ -88,11 +88,7 @@ func TestOwn_ItsTaskRunsWithItsSettingFromCommandLineAndSQL(t *testing.T) {
 		}
 		return n
 	}
-	for deadline := time.Now().Add(giveUp); done(second) == 0; time.Sleep(20 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("job %s has no record", second)
-		}
-	}
+	testservers.Eventually(t, "job "+second+" has a record", func() bool { return done(second) > 0 })
 	if done(first) != 1 {
 		t.Errorf("job %s has no record", first)
 	}

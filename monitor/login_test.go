@@ -2,7 +2,6 @@ package monitor
 
 import (
 	"bufio"
-	"bytes"
 	"fmt"
 	"io"
 	"log/slog"
@@ -48,27 +47,9 @@ func TestLogins_AreRememberedOfABoundedNumberOfAddresses(t *testing.T) {
 	}
 }
 
-// lockedBuffer is a log that several requests write.
-type lockedBuffer struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-func (b *lockedBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.Write(p)
-}
-
-func (b *lockedBuffer) String() string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.buf.String()
-}
-
 func TestMonitor_WrongLoginsAreLoggedWithoutThePasswordAndTheRightOneIsNeverKeptOut(t *testing.T) {
 	t.Parallel()
-	log := new(lockedBuffer)
+	log := new(testservers.Log)
 	at := serve(t, Config{Password: "open sesame", Logger: slog.New(slog.NewJSONHandler(log, nil))})
 	var wrong sync.WaitGroup
 	for range 20 {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
-	"net/url"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -119,12 +118,7 @@ func TestFleet_EachTickIsEnqueuedOnceWhateverHappens(t *testing.T) {
 		{Name: "minute", Cron: "* * * * *", Payload: Ping{To: "minute"}, Missed: MissedAll, TimeZone: "Europe/Berlin"},
 		{Name: "seven", Cron: "@every 7s", Payload: Ping{To: "seven"}, Missed: MissedAll},
 	}
-	u, err := url.Parse(b.DatabaseURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	proxy := testservers.NewProxy(t, u.Host)
-	u.Host = proxy.Addr()
+	databaseURL, proxy := testservers.ThroughProxy(t, b.DatabaseURL)
 
 	b.deliverAtOnce(t)
 	b.exec(t, "UPDATE test_clock SET at = date_trunc('second', now())")
@@ -138,7 +132,7 @@ func TestFleet_EachTickIsEnqueuedOnceWhateverHappens(t *testing.T) {
 		if i > 0 {
 			hook = nil
 		}
-		fleet[i] = b.member(t, u.String(), skew, hook, entries...)
+		fleet[i] = b.member(t, databaseURL, skew, hook, entries...)
 	}
 	var once sync.Once
 	goOn := func() { once.Do(func() { close(resume) }) }
@@ -149,7 +143,7 @@ func TestFleet_EachTickIsEnqueuedOnceWhateverHappens(t *testing.T) {
 		}
 	}()
 
-	eventually(t, "all entries are there", func() bool {
+	testservers.Eventually(t, "all entries are there", func() bool {
 		var n int
 		err := b.DB.QueryRow(t.Context(), "SELECT count(*) FROM carpool.schedules").Scan(&n)
 		return err == nil && n == len(entries)
@@ -159,12 +153,12 @@ func TestFleet_EachTickIsEnqueuedOnceWhateverHappens(t *testing.T) {
 		d := time.Duration(1+random.IntN(3)) * time.Second
 		b.pass(t, d)
 		passed += d
-		eventually(t, "the ticks keep up", func() bool { return b.behind(t, "second") < time.Minute })
+		testservers.Eventually(t, "the ticks keep up", func() bool { return b.behind(t, "second") < time.Minute })
 		switch step % 40 {
 		case 5, 15, 25: // an instance is stopped wherever it is, and replaced
 			i := 1 + random.IntN(len(fleet)-1)
 			fleet[i].stop()
-			fleet[i] = b.member(t, u.String(), skews[i], nil, entries...)
+			fleet[i] = b.member(t, databaseURL, skews[i], nil, entries...)
 		case 10, 20, 30:
 			b.exec(t, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 				WHERE datname = current_database() AND pid <> pg_backend_pid() AND query LIKE '%carpool.schedule%' AND random() < 0.5`)
@@ -187,7 +181,7 @@ func TestFleet_EachTickIsEnqueuedOnceWhateverHappens(t *testing.T) {
 	}
 	goOn()
 	end := b.now(t)
-	eventually(t, "the ticks are done", func() bool { return b.behind(t, "second") <= 0 })
+	testservers.Eventually(t, "the ticks are done", func() bool { return b.behind(t, "second") <= 0 })
 	for _, m := range fleet { // what is under way is committed or not
 		m.stop()
 	}
@@ -207,7 +201,7 @@ func TestFleet_AnInstanceThatHangsNeitherHoldsNorDoublesATick(t *testing.T) {
 	locked, paused := pauseOnce("a", resume)
 	sleeper := b.member(t, b.DatabaseURL, 0, locked, entry)
 	defer sleeper.stop()
-	eventually(t, "the entry is there", func() bool {
+	testservers.Eventually(t, "the entry is there", func() bool {
 		list, err := List(t.Context(), b.DB)
 		return err == nil && len(list) == 1
 	})
@@ -219,11 +213,11 @@ func TestFleet_AnInstanceThatHangsNeitherHoldsNorDoublesATick(t *testing.T) {
 	}
 	other := b.member(t, b.DatabaseURL, 0, nil, entry)
 	defer other.stop()
-	eventually(t, "the other takes the tick", func() bool { return len(b.jobs(t)) == 1 })
+	testservers.Eventually(t, "the other takes the tick", func() bool { return len(b.jobs(t)) == 1 })
 	b.exec(t, "DELETE FROM carpool.outbox") // it is delivered, so nothing there can stop the first
 	close(resume)
 	b.pass(t, time.Minute)
-	eventually(t, "the next tick is taken", func() bool { return len(b.jobs(t)) == 2 })
+	testservers.Eventually(t, "the next tick is taken", func() bool { return len(b.jobs(t)) == 2 })
 	sleeper.stop()
 	other.stop()
 	want := []string{tickID("a", b.now(t).Add(-time.Minute)).String(), tickID("a", b.now(t)).String()}
@@ -237,12 +231,7 @@ func TestFleet_ALostAnswerToACommitDoublesNothing(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)
 	entry := Entry{Name: "a", Cron: "@every 1s", Payload: Ping{To: "a"}, Missed: MissedAll}
-	u, err := url.Parse(b.DatabaseURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	proxy := testservers.NewProxy(t, u.Host)
-	u.Host = proxy.Addr()
+	databaseURL, proxy := testservers.ThroughProxy(t, b.DatabaseURL)
 	var cuts atomic.Int32
 	cut := func(context.Context, string) { // at some point of the rest of the transaction
 		if cuts.Add(1)%3 == 0 {
@@ -251,22 +240,22 @@ func TestFleet_ALostAnswerToACommitDoublesNothing(t *testing.T) {
 	}
 	b.deliverAtOnce(t)
 	b.exec(t, "UPDATE test_clock SET at = date_trunc('second', now())")
-	members := []*member{b.member(t, u.String(), 0, cut, entry), b.member(t, b.DatabaseURL, 0, nil, entry)}
+	members := []*member{b.member(t, databaseURL, 0, cut, entry), b.member(t, b.DatabaseURL, 0, nil, entry)}
 	defer func() {
 		for _, m := range members {
 			m.stop()
 		}
 	}()
-	eventually(t, "the entry is there", func() bool {
+	testservers.Eventually(t, "the entry is there", func() bool {
 		list, err := List(t.Context(), b.DB)
 		return err == nil && len(list) == 1
 	})
 	for range 300 {
 		b.pass(t, time.Second)
-		eventually(t, "the ticks keep up", func() bool { return b.behind(t, "a") < 3*time.Second })
+		testservers.Eventually(t, "the ticks keep up", func() bool { return b.behind(t, "a") < 3*time.Second })
 	}
 	end := b.now(t)
-	eventually(t, "all ticks are decided", func() bool { return b.behind(t, "a") <= 0 })
+	testservers.Eventually(t, "all ticks are decided", func() bool { return b.behind(t, "a") <= 0 })
 	for _, m := range members {
 		m.stop()
 	}
@@ -279,25 +268,20 @@ func TestFleet_ALostAnswerToACommitDoublesNothing(t *testing.T) {
 func TestFleet_AnOutageOfPostgresIsLoggedOnceAndItsEnd(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)
-	u, err := url.Parse(b.DatabaseURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	proxy := testservers.NewProxy(t, u.Host)
-	u.Host = proxy.Addr()
+	databaseURL, proxy := testservers.ThroughProxy(t, b.DatabaseURL)
 	proxy.Refuse() // from the very start
 	entry := Entry{Name: "a", Cron: "* * * * *", Payload: Ping{To: "a"}}
-	m := b.member(t, u.String(), 0, nil, entry)
+	m := b.member(t, databaseURL, 0, nil, entry)
 	defer m.stop()
-	eventually(t, "the outage is logged", func() bool { return strings.Contains(b.log.String(), "the scheduler waits") })
+	testservers.Eventually(t, "the outage is logged", func() bool { return strings.Contains(b.log.String(), "the scheduler waits") })
 	proxy.Heal()
-	eventually(t, "its end is logged", func() bool { return strings.Contains(b.log.String(), "the scheduler goes on") })
+	testservers.Eventually(t, "its end is logged", func() bool { return strings.Contains(b.log.String(), "the scheduler goes on") })
 	if n := strings.Count(b.log.String(), "the scheduler waits"); n != 1 {
 		t.Errorf("one outage is logged %d times", n)
 	}
 	before := len(b.jobs(t)) // the first look may have made up for what was missed
 	b.pass(t, time.Minute)
-	eventually(t, "ticks go on", func() bool { return len(b.jobs(t)) == before+1 })
+	testservers.Eventually(t, "ticks go on", func() bool { return len(b.jobs(t)) == before+1 })
 }
 
 // A change made in the table is taken up by a scheduler that runs as it does in
@@ -311,9 +295,9 @@ func TestFleet_AChangeIsTakenUpWithinSeconds(t *testing.T) {
 	if err := Add(t.Context(), b.DB, Entry{Name: "a", Cron: "@every 1s", Payload: Ping{To: "a"}}, false); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "it is run", func() bool { return len(b.jobs(t)) >= 2 })
+	testservers.Eventually(t, "it is run", func() bool { return len(b.jobs(t)) >= 2 })
 	b.exec(t, `UPDATE carpool.schedules SET payload = '{"to": "b"}'`)
-	eventually(t, "the change is taken up", func() bool { return len(b.ids(t, "b")) > 0 })
+	testservers.Eventually(t, "the change is taken up", func() bool { return len(b.ids(t, "b")) > 0 })
 	if err := SetEnabled(t.Context(), b.DB, "a", false); err != nil {
 		t.Fatal(err)
 	}
@@ -353,7 +337,7 @@ func TestControl_TwoOfAsynqsSchedulersDoubleEachTick(t *testing.T) {
 		}
 		defer s.Shutdown()
 	}
-	eventually(t, "ticks are doubled", func() bool {
+	testservers.Eventually(t, "ticks are doubled", func() bool {
 		mu.Lock()
 		defer mu.Unlock()
 		doubled := 0

@@ -1,14 +1,12 @@
 package scheduler
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -18,6 +16,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/dbpool"
+	"github.com/carpool-go/carpool/internal/testservers"
 	"github.com/carpool-go/carpool/tasks"
 	"github.com/carpool-go/carpool/tasks/rowsprune"
 	"github.com/carpool-go/carpool/tasks/taskstest"
@@ -52,12 +51,12 @@ type bench struct {
 	*taskstest.Kit
 	rdb       redis.UniversalClient
 	inspector *asynq.Inspector
-	log       *logBuffer
+	log       *testservers.Log
 }
 
 func newBench(t *testing.T) *bench {
 	t.Helper()
-	b := &bench{Kit: taskstest.New(t), log: new(logBuffer)}
+	b := &bench{Kit: taskstest.New(t), log: new(testservers.Log)}
 	rdb, err := tasks.OpenRedis(b.RedisURL)
 	if err != nil {
 		t.Fatal(err)
@@ -212,32 +211,6 @@ func (b *bench) deliver(t *testing.T) {
 		return err
 	}); err != nil {
 		t.Fatal(err)
-	}
-}
-
-type logBuffer struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-func (l *logBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.buf.Write(p)
-}
-
-func (l *logBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.buf.String()
-}
-
-func eventually(t *testing.T, what string, holds func() bool) {
-	t.Helper()
-	for giveUp := time.Now().Add(time.Minute); !holds(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(giveUp) {
-			t.Fatalf("it does not come about that %s", what)
-		}
 	}
 }
 
@@ -700,7 +673,7 @@ func TestPage_ShowsEntriesAndTheirHistory(t *testing.T) {
 		start(t, cfg)
 	}
 	var entries []*asynq.SchedulerEntry
-	eventually(t, "the page shows the last run", func() bool {
+	testservers.Eventually(t, "the page shows the last run", func() bool {
 		var err error
 		if entries, err = b.inspector.SchedulerEntries(); err != nil {
 			t.Fatal(err)

@@ -158,13 +158,8 @@ func TestClient_WaitShowsProgressAndEndsWithItsContext(t *testing.T) {
 func TestClient_WaitGoesOnWhileRedisIsAway(t *testing.T) {
 	t.Parallel()
 	kit := taskstest.New(t)
-	at, err := url.Parse(kit.RedisURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	proxy := testservers.NewProxy(t, at.Host)
-	at.Host = proxy.Addr()
-	rdb, err := tasks.OpenRedis(at.String())
+	proxied, proxy := testservers.ThroughProxy(t, kit.RedisURL)
+	rdb, err := tasks.OpenRedis(proxied)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -213,10 +208,7 @@ func TestClient_WaitSaysThatAJobWasCancelled(t *testing.T) {
 // openRedis opens the kit's Redis, by its URL as it is changed.
 func openRedis(t *testing.T, kit *taskstest.Kit, change func(*url.URL)) redis.UniversalClient {
 	t.Helper()
-	at, err := url.Parse(kit.RedisURL)
-	if err != nil {
-		t.Fatal(err)
-	}
+	at := testservers.ParseURL(t, kit.RedisURL)
 	change(at)
 	rdb, err := tasks.OpenRedis(at.String())
 	if err != nil {

@@ -5,7 +5,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/carpool-go/carpool/internal/testservers"
 )
@@ -24,15 +23,5 @@ func TestPackage_BringsNoHTTPAlong(t *testing.T) {
 	}
 	if slices.Contains(strings.Fields(string(out)), "net/http") {
 		t.Error("package tasks imports net/http, itself or by another package")
-	}
-}
-
-// until polls a condition that another process makes true.
-func until(t testing.TB, what string, condition func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); !condition(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("%s: not within 30 s", what)
-		}
 	}
 }

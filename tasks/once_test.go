@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net/url"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -251,13 +250,8 @@ func TestRegisterTx_CommitWhoseAnswerIsLostIsResolvedByLooking(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			server, err := url.Parse(a.DatabaseURL)
-			if err != nil {
-				t.Fatal(err)
-			}
-			proxy := testservers.NewProxy(t, server.Host)
-			server.Host = proxy.Addr()
-			db, err := dbpool.Open(t.Context(), dbpool.DefaultConfig(server.String()))
+			proxied, proxy := testservers.ThroughProxy(t, a.DatabaseURL)
+			db, err := dbpool.Open(t.Context(), dbpool.DefaultConfig(proxied))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -268,7 +262,7 @@ func TestRegisterTx_CommitWhoseAnswerIsLostIsResolvedByLooking(t *testing.T) {
 				delivered <- err
 			}()
 			const committing = "FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'"
-			until(t, "the commit is under way", func() bool {
+			testservers.Eventually(t, "the commit is under way", func() bool {
 				var n int
 				return a.DB.QueryRow(t.Context(), "SELECT count(*) "+committing).Scan(&n) == nil && n == 1
 			})

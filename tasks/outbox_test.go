@@ -351,10 +351,7 @@ func TestEnqueueSQL_AProducerNeedsUsageAndExecuteAndHasNoMore(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	u, err := url.Parse(kit.DatabaseURL)
-	if err != nil {
-		t.Fatal(err)
-	}
+	u := testservers.ParseURL(t, kit.DatabaseURL)
 	role := "producer_" + strings.Trim(u.Path, "/") // roles are the server's, not the database's
 	exec("CREATE ROLE " + role + " LOGIN PASSWORD 'p'")
 	t.Cleanup(func() {
@@ -414,10 +411,7 @@ func TestEnqueue_WhatIsPowerIsForOperators(t *testing.T) {
 	if err := tasks.RecordKinds(t.Context(), kit.DB, set); err != nil {
 		t.Fatal(err)
 	}
-	u, err := url.Parse(kit.DatabaseURL)
-	if err != nil {
-		t.Fatal(err)
-	}
+	u := testservers.ParseURL(t, kit.DatabaseURL)
 	role := "producer_" + strings.Trim(u.Path, "/")
 	for _, sql := range []string{
 		"CREATE ROLE " + role + " LOGIN PASSWORD 'x'", "GRANT USAGE ON SCHEMA carpool TO " + role,

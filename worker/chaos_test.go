@@ -165,12 +165,7 @@ func newChaos(t *testing.T, mode string, seed uint64) *chaos {
 			t.Fatal(err)
 		}
 	}
-	rdb, err := tasks.OpenRedis(c.redis.URL())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = rdb.Close() })
-	c.inspect = asynq.NewInspectorFromRedisClient(rdb)
+	c.inspect = asynq.NewInspectorFromRedisClient(workertest.OpenRedis(t, c.redis.URL()))
 	c.connectProducers()
 	if mode == celery {
 		c.celery = newCelery(c)
@@ -208,8 +203,8 @@ func (c *chaos) newNode(name string) *chaosNode {
 	c.t.Helper()
 	n := &chaosNode{name: name}
 	var databaseURL, redisURL string
-	databaseURL, n.postgres = workertest.ThroughProxy(c.t, c.postgres.URL())
-	redisURL, n.redis = workertest.ThroughProxy(c.t, c.redis.URL())
+	databaseURL, n.postgres = testservers.ThroughProxy(c.t, c.postgres.URL())
+	redisURL, n.redis = testservers.ThroughProxy(c.t, c.redis.URL())
 	n.env = []string{
 		"DATABASE_URL=" + databaseURL, "REDIS_URL=" + redisURL, chaosEnv + "=" + c.mode,
 		"WORKER_FETCHERS=2", "LOG_LEVEL=debug", "LOG_FORMAT=json", "PATH=" + os.Getenv("PATH"), "GORACE=halt_on_error=1",
@@ -230,11 +225,7 @@ func (c *chaos) connectProducers() {
 		c.t.Fatal(err)
 	}
 	c.t.Cleanup(c.producer.db.Close)
-	rdb, err := tasks.OpenRedis(n.env[1][len("REDIS_URL="):])
-	if err != nil {
-		c.t.Fatal(err)
-	}
-	c.t.Cleanup(func() { _ = rdb.Close() })
+	rdb := workertest.OpenRedis(c.t, n.env[1][len("REDIS_URL="):])
 	c.producer.client, c.producer.asynq = tasks.NewClient(rdb), asynq.NewClientFromRedisClient(rdb)
 }
 

@@ -27,6 +27,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/carpool-go/carpool/dbpool"
+	"github.com/carpool-go/carpool/internal/testservers"
 	"github.com/carpool-go/carpool/tasks"
 	"github.com/carpool-go/carpool/tasks/csvimport"
 	"github.com/carpool-go/carpool/tasks/taskstest"
@@ -597,16 +598,6 @@ func start(f func() error) <-chan error {
 	return done
 }
 
-// until polls a condition that another process makes true.
-func until(t testing.TB, what string, condition func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); !condition(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("%s: not within 30 s", what)
-		}
-	}
-}
-
 func TestImport_AFileThatChangesBetweenThePassesIsRefused(t *testing.T) {
 	t.Parallel()
 	for name, changed := range map[string]string{
@@ -641,7 +632,7 @@ func TestImport_AFileThatChangesBetweenThePassesIsRefused(t *testing.T) {
 				held = append(held, tx)
 			}
 			done := start(func() error { _, err := i.run(t, "replace", "a,b\n1,x\n2,y\n"); return err })
-			until(t, "the import waits for a connection", func() bool { return i.DB.Stats().Waiting > 0 })
+			testservers.Eventually(t, "the import waits for a connection", func() bool { return i.DB.Stats().Waiting > 0 })
 			i.write(t, "t.csv", changed)
 			release()
 			err := <-done
@@ -677,7 +668,7 @@ func TestImport_ReadersSeeTheOldTableOrTheNewOne(t *testing.T) {
 		_, err := i.run(t, "replace", "new\n"+strings.Repeat("x\n", 2000))
 		return err
 	})
-	until(t, "the import has loaded and waits for the reader", func() bool {
+	testservers.Eventually(t, "the import has loaded and waits for the reader", func() bool {
 		return len(i.rows(t, `SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE 'LOCK TABLE%' AND datname = current_database()`)) == 1
 	})
 	want(t, "rows for the reader that was there", count(tx), 1000)
@@ -842,7 +833,7 @@ func TestImport_KilledInTheMiddleItIsTriedAgain(t *testing.T) {
 	}
 
 	done := start(func() error { _, err := i.run(t, "append", b.String()); return err })
-	until(t, "the import is in the middle of its COPY", inTheMiddle)
+	testservers.Eventually(t, "the import is in the middle of its COPY", inTheMiddle)
 	i.exec(t, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event = 'advisory' AND query LIKE 'COPY%' AND datname = current_database()`)
 	if err := <-done; err == nil || tasks.IsPermanent(err) {
 		t.Errorf("backend killed: error %v, permanent %t; want one that is not permanent", err, tasks.IsPermanent(err))
@@ -854,7 +845,7 @@ func TestImport_KilledInTheMiddleItIsTriedAgain(t *testing.T) {
 		_, err := i.Handle(ctx, &tasks.Job{DB: i.DB, Log: slog.New(slog.DiscardHandler)}, csvimport.Import{Source: "file:///t.csv", Table: "t", Mode: "append"})
 		return err
 	})
-	until(t, "the import is in the middle of its COPY", inTheMiddle)
+	testservers.Eventually(t, "the import is in the middle of its COPY", inTheMiddle)
 	cancel()
 	if err := <-done; !errors.Is(err, context.Canceled) || tasks.IsPermanent(err) {
 		t.Errorf("job cancelled: error %v, permanent %t; want that it was cancelled", err, tasks.IsPermanent(err))
@@ -886,7 +877,7 @@ func TestImport_KilledBeforeTheExchangeItLeavesTheOldTable(t *testing.T) {
 		t.Fatal(err)
 	}
 	done := start(func() error { _, err := i.run(t, "replace", "new\nx\n"); return err })
-	until(t, "the import has loaded and is killed", func() bool {
+	testservers.Eventually(t, "the import has loaded and is killed", func() bool {
 		return len(i.rows(t, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LOCK TABLE%' AND datname = current_database()`)) == 1
 	})
 	if err := <-done; err == nil || tasks.IsPermanent(err) {

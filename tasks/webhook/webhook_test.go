@@ -15,13 +15,13 @@ import (
 	"net/http/httptest"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/jackc/pgx/v5"
 
+	"github.com/carpool-go/carpool/internal/testservers"
 	"github.com/carpool-go/carpool/outbound"
 	"github.com/carpool-go/carpool/tasks"
 	"github.com/carpool-go/carpool/tasks/taskstest"
@@ -38,14 +38,14 @@ const (
 type webhooks struct {
 	*taskstest.Kit
 	webhook.Deliverer
-	log *lockedBuffer
+	log *testservers.Log
 }
 
 func newWebhooks(t *testing.T) *webhooks {
 	t.Helper()
 	kit := taskstest.New(t)
 	kit.OutboundAllow = "127.0.0.1"
-	return &webhooks{kit, webhook.Deliverer{Secret: webhookSecret}, new(lockedBuffer)}
+	return &webhooks{kit, webhook.Deliverer{Secret: webhookSecret}, new(testservers.Log)}
 }
 
 // receiver answers on 127.0.0.1 until the test ends.
@@ -126,24 +126,6 @@ func start(f func() error) <-chan error {
 	done := make(chan error, 1)
 	go func() { done <- f() }()
 	return done
-}
-
-// lockedBuffer is written by one goroutine and read by another.
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  strings.Builder
-}
-
-func (l *lockedBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuffer) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.String()
 }
 
 func TestDeliver_SignsByTheStandardWebhooksConvention(t *testing.T) {

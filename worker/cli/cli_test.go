@@ -143,7 +143,7 @@ func TestProgram_SpeaksOfItselfByItsName(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	bare := setup(t)
-	bare.exec(t, "DROP SCHEMA carpool CASCADE")
+	bare.Exec(t, "DROP SCHEMA carpool CASCADE")
 	servers := map[string]string{"REDIS_URL": b.RedisURL, "DATABASE_URL": b.DatabaseURL}
 	for name, c := range map[string]struct {
 		env  map[string]string

@@ -26,7 +26,7 @@ func newOutbox(t *testing.T) *bundle {
 	t.Helper()
 	b := setup(t)
 	b.Env = append(b.Env, "REDIS_URL=")
-	b.exec(t, `INSERT INTO carpool.outbox (id, kind, payload, queue, problem, created_at) VALUES
+	b.Exec(t, `INSERT INTO carpool.outbox (id, kind, payload, queue, problem, created_at) VALUES
 		('`+waitingNote+`', 'note', '{"x": "`+secret+`"}', NULL, NULL, now() - interval '90 seconds'),
 		('`+waitingLetter+`', 'letter', '{"x": "`+secret+`"}', 'post', NULL, now()),
 		('`+badNote+`', 'note', '{"x": "`+secret+`"}', NULL, E'text: must not be\nbad', now()),
@@ -217,7 +217,7 @@ func TestOutboxRetry_AWorkerTakesTheJobThen(t *testing.T) {
 	b := setup(t)
 	p := b.Start(t)
 	const id = waitingNote
-	b.exec(t, `INSERT INTO carpool.outbox (id, kind, payload, problem) VALUES ('`+id+`', 'pool:validate', '{}', 'it was a bad day')`)
+	b.Exec(t, `INSERT INTO carpool.outbox (id, kind, payload, problem) VALUES ('`+id+`', 'pool:validate', '{}', 'it was a bad day')`)
 	if stdout, stderr, code := b.run(t, nil, "outbox", "retry", id); code != 0 {
 		t.Fatalf("exit code %d\n%s%s", code, stdout, stderr)
 	}

@@ -206,9 +206,9 @@ func TestRun_AnOddURLWithAPasswordIsRefusedAsAFlag(t *testing.T) {
 func TestRun_WaitsForServersThatAreDownAndSaysSo(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
-	proxy := testservers.NewProxy(t, hostOf(t, b.RedisURL))
+	redisURL, proxy := testservers.ThroughProxy(t, b.RedisURL)
 	proxy.Refuse()
-	p := b.Launch(t, []string{"REDIS_URL=" + strings.Replace(b.RedisURL, hostOf(t, b.RedisURL), proxy.Addr(), 1)})
+	p := b.Launch(t, []string{"REDIS_URL=" + redisURL})
 	p.Log.Wait(t, "waiting for the server of REDIS_URL")
 	proxy.Heal()
 	p.Log.Wait(t, "worker started")
@@ -218,19 +218,10 @@ func TestRun_WaitsForServersThatAreDownAndSaysSo(t *testing.T) {
 	}
 }
 
-func hostOf(t *testing.T, rawURL string) string {
-	t.Helper()
-	u, err := url.Parse(rawURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return u.Host
-}
-
 func TestRun_GivesUpWhenTheStartupTimeoutIsOver(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
-	proxy := testservers.NewProxy(t, hostOf(t, b.DatabaseURL))
+	proxy := testservers.NewProxy(t, testservers.ParseURL(t, b.DatabaseURL).Host)
 	proxy.Refuse()
 	env := []string{"DATABASE_URL=postgres://u:hush@" + proxy.Addr() + "/db", "WORKER_STARTUP_TIMEOUT=1s"}
 	_, stderr, code := b.run(t, env)
@@ -244,10 +235,7 @@ func TestRun_DoesNotWaitForAServerThatRefusesItsPassword(t *testing.T) {
 	b := setup(t)
 	for _, variable := range []string{"DATABASE_URL", "REDIS_URL"} {
 		right := map[string]string{"DATABASE_URL": b.DatabaseURL, "REDIS_URL": b.RedisURL}[variable]
-		wrong, err := url.Parse(right)
-		if err != nil {
-			t.Fatal(err)
-		}
+		wrong := testservers.ParseURL(t, right)
 		user := wrong.User.Username()
 		if user == "" {
 			user = "default"
@@ -383,8 +371,8 @@ func TestRun_TwoSignalsAtOnceAreOne(t *testing.T) {
 func TestRun_SIGTERMEndsAWorkerWhoseRedisDoesNotAnswer(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
-	proxy := testservers.NewProxy(t, hostOf(t, b.RedisURL))
-	p := b.Start(t, "REDIS_URL="+strings.Replace(b.RedisURL, hostOf(t, b.RedisURL), proxy.Addr(), 1), "WORKER_SHUTDOWN_TIMEOUT=1s")
+	redisURL, proxy := testservers.ThroughProxy(t, b.RedisURL)
+	p := b.Start(t, "REDIS_URL="+redisURL, "WORKER_SHUTDOWN_TIMEOUT=1s")
 	proxy.Blackhole()
 	p.Signal(t, syscall.SIGTERM)
 	p.Exit(t) // within the time that jobs are given, and a little more

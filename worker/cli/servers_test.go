@@ -63,8 +63,8 @@ func TestServers_ARedisThatCanNotBeReachedIsSaidInTermsOfItsVariable(t *testing.
 func TestServers_ARedisThatRefusesIsSaidAtOnceWithTheWayOut(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
-	host := hostOf(t, b.RedisURL)
-	password, _ := mustParse(t, b.RedisURL).User.Password()
+	host := testservers.ParseURL(t, b.RedisURL).Host
+	password, _ := testservers.ParseURL(t, b.RedisURL).User.Password()
 	for name, c := range map[string]struct{ url, want string }{
 		"a wrong password":   {"redis://:hush@" + host, "the server refuses this user or password: WRONGPASS"},
 		"no password":        {"redis://" + host, "the server refuses this user or password: NOAUTH"},
@@ -81,11 +81,11 @@ func TestServers_ARedisThatRefusesIsSaidAtOnceWithTheWayOut(t *testing.T) {
 func TestServers_WatchedTheyAreSaidInOneLineToo(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
-	u := mustParse(t, b.DatabaseURL)
+	u := testservers.ParseURL(t, b.DatabaseURL)
 	u.Path = "/nowhere"
 	for want, env := range map[string]map[string]string{
 		"REDIS_URL: Redis at 127.0.0.1:1 cannot be reached: ":                                                        {"REDIS_URL": "redis://:hush@127.0.0.1:1", "DATABASE_URL": b.DatabaseURL},
-		"REDIS_URL: the server refuses this user or password: WRONGPASS":                                             {"REDIS_URL": "redis://:hush@" + hostOf(t, b.RedisURL)},
+		"REDIS_URL: the server refuses this user or password: WRONGPASS":                                             {"REDIS_URL": "redis://:hush@" + testservers.ParseURL(t, b.RedisURL).Host},
 		"DATABASE_URL: the server has no such database: ":                                                            {"REDIS_URL": b.RedisURL, "DATABASE_URL": u.String()},
 		"DATABASE_URL: look at the outbox: dbpool: acquire: failed to connect to `user=u database=app`: 127.0.0.1:1": {"REDIS_URL": b.RedisURL, "DATABASE_URL": "postgres://u:hush@127.0.0.1:1/app?sslmode=prefer"},
 	} {
@@ -114,15 +114,6 @@ func TestServers_WatchedTheyAreSaidInOneLineToo(t *testing.T) {
 	}
 }
 
-func mustParse(t *testing.T, raw string) *url.URL {
-	t.Helper()
-	u, err := url.Parse(raw)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return u
-}
-
 // ofTables are command lines that need the database.
 var ofTables = [][]string{{"run"}, {"migrate"}, {"schedule", "ls"}, {"status"}}
 
@@ -130,17 +121,11 @@ func TestServers_APostgresThatRefusesIsSaidAtOnceWithTheWayOut(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	change := func(change func(u *url.URL)) string {
-		u := mustParse(t, b.DatabaseURL)
+		u := testservers.ParseURL(t, b.DatabaseURL)
 		change(u)
 		return u.String()
 	}
-	param := func(name, value string) string {
-		return change(func(u *url.URL) {
-			q := u.Query()
-			q.Set(name, value)
-			u.RawQuery = q.Encode()
-		})
-	}
+	param := func(name, value string) string { return testservers.WithParam(t, b.DatabaseURL, name, value) }
 	for name, c := range map[string]struct {
 		url  string
 		want []string
@@ -175,7 +160,7 @@ func TestServers_APostgresThatCanNotBeReachedIsOneLineWithoutRepetition(t *testi
 func (b *bundle) roleURL(t *testing.T, role string) string {
 	t.Helper()
 	b.Exec(t, "CREATE ROLE "+role+" LOGIN PASSWORD 'hush'")
-	u := mustParse(t, b.DatabaseURL)
+	u := testservers.ParseURL(t, b.DatabaseURL)
 	t.Cleanup(func() {
 		conn, err := pgx.Connect(context.Background(), b.DatabaseURL)
 		if err == nil {
@@ -233,7 +218,7 @@ func TestServers_ToMigrateIsGrantedOnTheDatabase(t *testing.T) {
 	if _, stderr, code := b.run(t, env, "migrate"); code != 0 {
 		t.Errorf("with what was advised: exit code %d\n%s", code, stderr)
 	}
-	b.Exec(t, `REVOKE CONNECT ON DATABASE `+strings.TrimPrefix(mustParse(t, b.DatabaseURL).Path, "/")+` FROM PUBLIC`)
+	b.Exec(t, `REVOKE CONNECT ON DATABASE `+strings.TrimPrefix(testservers.ParseURL(t, b.DatabaseURL).Path, "/")+` FROM PUBLIC`)
 	_, stderr, code = b.run(t, env, "migrate")
 	onlyLine(t, "migrate", stderr, code, "DATABASE_URL: ", "GRANT CONNECT ON DATABASE ")
 }
@@ -241,9 +226,8 @@ func TestServers_ToMigrateIsGrantedOnTheDatabase(t *testing.T) {
 func TestMigrate_TakesTheSettingsOfAPoolInTheURL(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
-	u := mustParse(t, b.DatabaseURL)
-	u.RawQuery = "pool_max_conns=3&" + u.RawQuery
-	if _, stderr, code := b.run(t, []string{"DATABASE_URL=" + u.String()}, "migrate"); code != 0 {
+	env := []string{"DATABASE_URL=" + testservers.WithParam(t, b.DatabaseURL, "pool_max_conns", "3")}
+	if _, stderr, code := b.run(t, env, "migrate"); code != 0 {
 		t.Errorf("exit code %d\n%s", code, stderr)
 	}
 }

@@ -17,7 +17,6 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/hibiken/asynq"
-	"github.com/jackc/pgx/v5"
 	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/admin"
@@ -62,7 +61,7 @@ func newBusy(t *testing.T) *busy {
 	_, err := b.Inspector.ArchiveAllPendingTasks("default")
 	b.do(t, err)
 	b.do(t, b.Inspector.PauseQueue("default"))
-	b.exec(t, `INSERT INTO carpool.outbox (id, kind, payload, created_at, problem) SELECT gen_random_uuid(), 'rows:prune', '{"x": "`+secret+`"}',
+	b.Exec(t, `INSERT INTO carpool.outbox (id, kind, payload, created_at, problem) SELECT gen_random_uuid(), 'rows:prune', '{"x": "`+secret+`"}',
 		now() - i * interval '1 minute', CASE WHEN i > 2 THEN 'problem ' || i % 7 END FROM generate_series(1, 30) i`)
 	return b
 }
@@ -109,18 +108,6 @@ func (b *busy) enqueue(t *testing.T, queue string, at time.Time) {
 	_, err := b.Client.Enqueue(t.Context(), rowsprune.Prune{Table: secret, Column: secret, OlderThan: "1d"},
 		&tasks.EnqueueOptions{Queue: queue, RunAt: at})
 	b.do(t, err)
-}
-
-func (b *bundle) exec(t *testing.T, sql string) {
-	t.Helper()
-	conn, err := pgx.Connect(t.Context(), b.DatabaseURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close(context.Background())
-	if _, err := conn.Exec(t.Context(), sql); err != nil {
-		t.Fatalf("%s: %v", sql, err)
-	}
 }
 
 func openTestOne(t *testing.T, url string) *dbpool.Pool {
@@ -353,7 +340,7 @@ func TestStatus_NamesTheKindsOfTheOutboxThatNoWorkerKnows(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	b.Start(t)
-	b.exec(t, `INSERT INTO carpool.outbox (id, kind, payload) SELECT gen_random_uuid(), 'shop:order', '{}' FROM generate_series(1, 3)`)
+	b.Exec(t, `INSERT INTO carpool.outbox (id, kind, payload) SELECT gen_random_uuid(), 'shop:order', '{}' FROM generate_series(1, 3)`)
 	stdout, stderr, code := b.run(t, nil, "status")
 	if code != 0 || stderr != "" || !strings.Contains(stdout, "; 0 set aside\n! 3 waiting: no instance that is up knows the kind shop:order\n") {
 		t.Errorf("exit code %d\n%s%s", code, stdout, stderr)
@@ -429,14 +416,13 @@ func TestStatusWatch_GoesOnThroughAnOutageUntilItIsEnded(t *testing.T) {
 	t.Parallel()
 	url := testservers.Redis(t)
 	startInstance(t, workertest.OpenRedis(t, url), "a-00000001", time.Now(), false)
-	options, err := redis.ParseURL(url)
+	proxied, proxy := testservers.ThroughProxy(t, url)
+	options, err := redis.ParseURL(proxied)
 	if err != nil {
 		t.Fatal(err)
 	}
-	proxy := testservers.NewProxy(t, options.Addr)
-	proxied := *options
-	proxied.Addr, proxied.MaxRetries = proxy.Addr(), -1
-	rdb := redis.NewClient(&proxied)
+	options.MaxRetries = -1
+	rdb := redis.NewClient(options)
 	defer rdb.Close()
 
 	ctx, cancel := context.WithCancel(t.Context())

@@ -275,15 +275,14 @@ func TestFleet_GoesOnWithoutRedisAndSaysSoOnce(t *testing.T) {
 	t.Parallel()
 	url := testservers.Redis(t)
 	rdb := workertest.OpenRedis(t, url)
-	options, err := redis.ParseURL(url)
+	proxied, proxy := testservers.ThroughProxy(t, url)
+	proxy.Refuse()
+	options, err := redis.ParseURL(proxied)
 	if err != nil {
 		t.Fatal(err)
 	}
-	proxy := testservers.NewProxy(t, options.Addr)
-	proxy.Refuse()
-	proxied := *options
-	proxied.Addr, proxied.MaxRetries = proxy.Addr(), -1
-	client := redis.NewClient(&proxied)
+	options.MaxRetries = -1
+	client := redis.NewClient(options)
 	defer client.Close()
 
 	log := workertest.NewLog()

@@ -130,24 +130,6 @@ func (o *outboxBundle) newRelay(t testing.TB, change ...func(*Config)) *Relay {
 // notifiedOnly leaves the relay nothing but notifications.
 func notifiedOnly(cfg *Config) { cfg.PollEvery = time.Hour }
 
-// proxied returns a proxy to the server of a URL, and the URL that leads through it.
-func proxied(t testing.TB, rawURL string) (proxy *testservers.Proxy, url string) {
-	t.Helper()
-	u := parseURL(t, rawURL)
-	proxy = testservers.NewProxy(t, u.Host)
-	u.Host = proxy.Addr()
-	return proxy, u.String()
-}
-
-func parseURL(t testing.TB, rawURL string) *url.URL {
-	t.Helper()
-	u, err := url.Parse(rawURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return u
-}
-
 func (o *outboxBundle) exec(t testing.TB, sql string, args ...any) {
 	t.Helper()
 	if _, err := o.db.Exec(t.Context(), sql, args...); err != nil {
@@ -207,14 +189,15 @@ func (o *outboxBundle) requireMoved(t testing.TB, want []string) {
 	}
 }
 
-// until is [workertest.Eventually], for benchmarks too, and shows the relays' log.
+// until is [testservers.Eventually], and shows the relays' log if the test fails.
 func (o *outboxBundle) until(t testing.TB, what string, holds func() bool) {
 	t.Helper()
-	for giveUp := time.Now().Add(time.Minute); !holds(); time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(giveUp) {
-			t.Fatalf("it does not come about that %s; the log:\n%s", what, o.log)
+	defer func() {
+		if t.Failed() {
+			t.Logf("the relays' log:\n%s", o.log)
 		}
-	}
+	}()
+	testservers.Eventually(t, what, holds)
 }
 
 // backends are the pids of the relays' backends.
@@ -365,7 +348,7 @@ func TestRelay_RowsWaitWhileRedisIsAwayAndThenGo(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
 			o := setupOutbox(t)
-			proxy, url := proxied(t, o.redisURL)
+			url, proxy := testservers.ThroughProxy(t, o.redisURL)
 			o.relay(t, func(cfg *Config) { cfg.Redis = workertest.OpenRedis(t, url) })
 			first := o.enqueue(t, 3)
 			o.requireMoved(t, first)
@@ -389,7 +372,7 @@ func TestRelay_RowsWaitWhileRedisIsAwayAndThenGo(t *testing.T) {
 func TestRelay_DiesBetweenRedisAndPostgresAndNothingIsDoubled(t *testing.T) {
 	t.Parallel()
 	o := setupOutbox(t)
-	proxy, url := proxied(t, o.redisURL)
+	url, proxy := testservers.ThroughProxy(t, o.redisURL)
 	r := o.relay(t, func(cfg *Config) { cfg.Redis = workertest.OpenRedis(t, url) })
 	proxy.Delay(300 * time.Millisecond)
 	ids := o.enqueue(t, atOnce)
@@ -408,7 +391,7 @@ func TestRelay_DiesBetweenRedisAndPostgresAndNothingIsDoubled(t *testing.T) {
 func TestRelay_StoppedAmidABatchFinishesIt(t *testing.T) {
 	t.Parallel()
 	o := setupOutbox(t)
-	proxy, url := proxied(t, o.redisURL)
+	url, proxy := testservers.ThroughProxy(t, o.redisURL)
 	r := o.relay(t, func(cfg *Config) { cfg.Redis = workertest.OpenRedis(t, url) })
 	proxy.Delay(100 * time.Millisecond)
 	ids := o.enqueue(t, 4*atOnce)
@@ -439,7 +422,7 @@ func TestRelay_ListensAgainAfterItsConnectionWasCut(t *testing.T) {
 func TestRelay_ComesBackAfterPostgresWasAway(t *testing.T) {
 	t.Parallel()
 	o := setupOutbox(t)
-	proxy, url := proxied(t, o.databaseURL)
+	url, proxy := testservers.ThroughProxy(t, o.databaseURL)
 	o.relay(t, func(cfg *Config) { cfg.DB.URL = url })
 	proxy.Refuse()
 	proxy.Reset()
@@ -457,9 +440,9 @@ func TestRelay_StartsWhileTheServersAreAway(t *testing.T) {
 	t.Parallel()
 	o := setupOutbox(t)
 	ids := o.enqueue(t, 10)
-	redisProxy, redisURL := proxied(t, o.redisURL)
+	redisURL, redisProxy := testservers.ThroughProxy(t, o.redisURL)
 	redisProxy.Refuse()
-	postgresProxy, databaseURL := proxied(t, o.databaseURL)
+	databaseURL, postgresProxy := testservers.ThroughProxy(t, o.databaseURL)
 	postgresProxy.Refuse()
 	o.startRelay(t, func(cfg *Config) {
 		cfg.DB.URL, cfg.Redis = databaseURL, workertest.OpenRedis(t, redisURL)
@@ -489,8 +472,8 @@ func TestRelay_ListsItsQueuesAgainInARedisThatLostItsData(t *testing.T) {
 func TestRelay_ReachesAHostBehindSilentOnes(t *testing.T) {
 	t.Parallel()
 	o := setupOutbox(t)
-	u := parseURL(t, o.databaseURL)
-	hosts := u.Host
+	host := testservers.ParseURL(t, o.databaseURL).Host
+	hosts := host
 	for range 3 {
 		silent, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
@@ -499,11 +482,10 @@ func TestRelay_ReachesAHostBehindSilentOnes(t *testing.T) {
 		defer silent.Close()
 		hosts = silent.Addr().String() + "," + hosts
 	}
-	query := u.Query()
-	query.Set("connect_timeout", "1")
-	u.RawQuery = query.Encode()
 	want := o.enqueue(t, 1)
-	o.relay(t, func(cfg *Config) { cfg.DB.URL = strings.Replace(u.String(), u.Host, hosts, 1) })
+	o.relay(t, func(cfg *Config) {
+		cfg.DB.URL = strings.Replace(testservers.WithParam(t, o.databaseURL, "connect_timeout", "1"), host, hosts, 1)
+	})
 	o.requireMoved(t, want)
 }
 
@@ -546,7 +528,7 @@ func TestRelay_StopMayBeCalledTwiceAndWithoutStart(t *testing.T) {
 func TestRelay_StopsWhilePostgresIsSilent(t *testing.T) {
 	t.Parallel()
 	o := setupOutbox(t)
-	proxy, url := proxied(t, o.databaseURL)
+	url, proxy := testservers.ThroughProxy(t, o.databaseURL)
 	r := o.relay(t, func(cfg *Config) { cfg.DB.URL, cfg.PollEvery = url, time.Millisecond })
 	proxy.Blackhole()
 	stopped := make(chan struct{})
@@ -763,7 +745,7 @@ func TestRelay_RowsThatRedisRefusesDoNotHoldUpTheOthers(t *testing.T) {
 func TestRelay_ItsLogNeverHasThePassword(t *testing.T) {
 	t.Parallel()
 	o := setupOutbox(t)
-	u := parseURL(t, o.databaseURL)
+	u := testservers.ParseURL(t, o.databaseURL)
 	role := "outbox_" + strings.Trim(u.Path, "/") // without LOGIN: refused with any password
 	o.exec(t, "CREATE ROLE "+role)
 	t.Cleanup(func() {

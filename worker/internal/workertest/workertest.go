@@ -8,11 +8,9 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -179,48 +177,11 @@ func (p *Process) Exit(t *testing.T) int {
 	}
 }
 
-// Log keeps a log and can wait for a text to come up in it.
-type Log struct {
-	mu    sync.Mutex
-	buf   bytes.Buffer
-	grown chan struct{}
-}
+// Log is [testservers.Log].
+type Log = testservers.Log
 
 // NewLog returns an empty log.
-func NewLog() *Log { return &Log{grown: make(chan struct{})} }
-
-func (l *Log) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	close(l.grown)
-	l.grown = make(chan struct{})
-	return l.buf.Write(p)
-}
-
-func (l *Log) String() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.buf.String()
-}
-
-// Wait waits until the text is in the log.
-func (l *Log) Wait(t *testing.T, text string) {
-	t.Helper()
-	giveUp := time.After(time.Minute)
-	for {
-		l.mu.Lock()
-		found, grown := strings.Contains(l.buf.String(), text), l.grown
-		l.mu.Unlock()
-		if found {
-			return
-		}
-		select {
-		case <-grown:
-		case <-giveUp:
-			t.Fatalf("%q does not come up in the log:\n%s", text, l)
-		}
-	}
-}
+func NewLog() *Log { return new(testservers.Log) }
 
 // Run runs the binary to its end.
 func Run(t *testing.T, cmd *exec.Cmd) (stdout, stderr string, code int) {
@@ -250,14 +211,10 @@ func (b *Bundle) WaitFor(t *testing.T, queue, id string) ([]byte, error) {
 	return b.Client.Wait(ctx, queue, id, nil)
 }
 
-// Eventually waits for a condition that nothing announces.
-func Eventually(t *testing.T, what string, holds func() bool) {
+// Eventually is [testservers.Eventually].
+func Eventually(t testing.TB, what string, holds func() bool) {
 	t.Helper()
-	for giveUp := time.Now().Add(time.Minute); !holds(); time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(giveUp) {
-			t.Fatalf("it does not come about that %s", what)
-		}
-	}
+	testservers.Eventually(t, what, holds)
 }
 
 // Discard is a log that nobody reads.
@@ -276,14 +233,8 @@ func (b *Bundle) Exec(t *testing.T, sql string) {
 	}
 }
 
-// ThroughProxy returns the URL of a server as it is reached through a proxy.
-func ThroughProxy(t *testing.T, raw string) (string, *testservers.Proxy) {
+// ThroughProxy is [testservers.ThroughProxy].
+func ThroughProxy(t testing.TB, raw string) (string, *testservers.Proxy) {
 	t.Helper()
-	u, err := url.Parse(raw)
-	if err != nil {
-		t.Fatal(err)
-	}
-	proxy := testservers.NewProxy(t, u.Host)
-	u.Host = proxy.Addr()
-	return u.String(), proxy
+	return testservers.ThroughProxy(t, raw)
 }
