@@ -121,7 +121,7 @@ func (r *Run) find(ctx context.Context) ([]table, error) {
 	case err != nil:
 		return nil, err
 	case kind != "r" && kind != "p":
-		return nil, &PermanentError{errors.New("it is not a table")}
+		return nil, &PermanentError{errors.New("it is not a table that has its rows in this database")}
 	case typ == 0:
 		return nil, &PermanentError{fmt.Errorf("there is no column %q", r.Column)}
 	case typ != pgtype.TimestamptzOID && typ != pgtype.TimestampOID && typ != pgtype.DateOID:

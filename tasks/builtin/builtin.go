@@ -31,6 +31,9 @@ type Tasks struct {
 	// ImportMaxMB is how many megabytes a file from the web may have that csv:import
 	// downloads, unpacked; 0 means 1024.
 	ImportMaxMB int `env:"IMPORT_MAX_MB" default:"1024" help:"csv:import refuses files from the web with more megabytes than this, unpacked."`
+	// PruneAllow lists the tables of which rows:prune may delete rows: schema.table, separated
+	// by commas, spelt as in the catalog; "" refuses them all. carpool's own are refused.
+	PruneAllow string `env:"PRUNE_ALLOW" placeholder:"SCHEMA.TABLE,…" help:"rows:prune may delete rows of these tables: schema.table, separated by commas; unset, it refuses them all."`
 	// WebhookSecret signs what webhook:deliver sends: "whsec_" and base64 of 24 to 64
 	// bytes. "" refuses to deliver any.
 	WebhookSecret string `env:"WEBHOOK_SECRET" secret:"" placeholder:"whsec_…" help:"webhook:deliver signs with this; unset, it refuses to deliver."`
@@ -43,7 +46,7 @@ const maxImportMB = 1 << 20
 func (t *Tasks) Register(s *tasks.Set) {
 	tasks.RegisterOnce(s, t.importCSV)
 	tasks.Register(s, t.deliverWebhook)
-	tasks.Register(s, rowsprune.Handle)
+	tasks.Register(s, t.pruneRows)
 }
 
 func (t *Tasks) importCSV(ctx context.Context, job *tasks.Job, p csvimport.Import) (csvimport.Result, error) {
@@ -52,6 +55,14 @@ func (t *Tasks) importCSV(ctx context.Context, job *tasks.Job, p csvimport.Impor
 
 func (t *Tasks) deliverWebhook(ctx context.Context, job *tasks.Job, p webhook.Deliver) (webhook.Result, error) {
 	return webhook.Deliverer{Secret: t.WebhookSecret}.Handle(ctx, job, p)
+}
+
+func (t *Tasks) pruneRows(ctx context.Context, job *tasks.Job, p rowsprune.Prune) (rowsprune.Result, error) {
+	tables, err := rowsprune.ParseTables(t.PruneAllow)
+	if err != nil {
+		return rowsprune.Result{}, tasks.Permanent(fmt.Errorf("PRUNE_ALLOW is wrong: %w", err))
+	}
+	return rowsprune.Pruner{Tables: tables}.Handle(ctx, job, p)
 }
 
 // Check returns what is wrong with the settings, every fault at once, joined by
@@ -66,6 +77,9 @@ func (t *Tasks) Check() error {
 	}
 	if t.ImportMaxMB < 0 || t.ImportMaxMB > maxImportMB {
 		faults = append(faults, fmt.Errorf("IMPORT_MAX_MB is %d, which is not a whole number from 1 to %d; for example IMPORT_MAX_MB=1024", t.ImportMaxMB, maxImportMB))
+	}
+	if _, err := rowsprune.ParseTables(t.PruneAllow); err != nil {
+		faults = append(faults, fmt.Errorf("PRUNE_ALLOW is wrong: %w; for example PRUNE_ALLOW=public.events,app.logins", err))
 	}
 	if t.WebhookSecret != "" {
 		if err := webhook.ValidateSecret(t.WebhookSecret); err != nil {

@@ -3,14 +3,13 @@
 // [Prune] is the payload, and [Result] what comes of it.
 //
 // Workers have the kind with the group of package builtin. A group of one's own registers
-// [Handle] with [tasks.Register].
+// [Pruner.Handle] with [tasks.Register].
 package rowsprune
 
 import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
 	"time"
 
 	"github.com/carpool-go/carpool/internal/pgtext"
@@ -27,12 +26,14 @@ import (
 // DEFAULT now() writes it; of a date column, those days are old that have ended
 // before. Rows whose column is NULL stay. Rows of partitions and of inheriting
 // tables are pruned like the table's own.
+//
+// A worker prunes those tables that its operator lists, see [Pruner].
 type Prune struct {
 	// Table is schema.table, or a table of the schema public, spelt as in the catalog.
-	Table string `json:"table" doc:"schema.table, or a table of the schema public" example:"carpool.webhook_deliveries"`
+	Table string `json:"table" doc:"schema.table, or a table of the schema public; the worker's PRUNE_ALLOW must list it" example:"public.events"`
 	// Column is a timestamptz, timestamp or date column that tells a row's age. With an
 	// index that begins with it, only old rows are read; else the whole table is, once.
-	Column string `json:"column" doc:"a timestamptz, timestamp or date column that tells a row's age" example:"delivered_at"`
+	Column string `json:"column" doc:"a timestamptz, timestamp or date column that tells a row's age" example:"at"`
 	// OlderThan is the age: days of 24 hours and Go's units, such as 30d, 1d12h or 90m.
 	OlderThan string `json:"older_than" doc:"the age: days and Go's units, such as 30d, 1d12h or 90m" example:"30d"`
 	// Batch is how many rows a transaction deletes, 1 to 50000; 0 means 1000.
@@ -50,15 +51,11 @@ func (Prune) Options() tasks.Options {
 	return tasks.Options{Timeout: time.Hour, Retention: 24 * time.Hour, SQL: tasks.SQLOperators}
 }
 
-// Validate returns what is wrong with the form of the fields. Whether the table and the
-// column are there is found out when the job runs.
+// Validate returns what is wrong with the form of the fields. Whether the table is one that
+// the worker prunes, and is there with the column, is found out when the job runs.
 func (p Prune) Validate() error {
-	schema, table := p.tableName()
-	if !isIdentifier(schema) || !isIdentifier(table) {
-		return fmt.Errorf("table: must be schema.table or table, each name at most %d bytes and spelt as in the catalog, without quotes", pgtext.MaxIdentifier)
-	}
-	if strings.HasPrefix(schema, "pg_") || schema == "information_schema" {
-		return errors.New("table: the schema is Postgres' own; its rows are not pruned")
+	if err := p.table().check(); err != nil {
+		return fmt.Errorf("table: %w", err)
 	}
 	if !isIdentifier(p.Column) {
 		return fmt.Errorf("column: must be a column's name, at most %d bytes, without quotes", pgtext.MaxIdentifier)
@@ -72,18 +69,12 @@ func (p Prune) Validate() error {
 	return nil
 }
 
-// tableName splits the table's name; a name of three parts has a table with a
-// dot, which isIdentifier refuses.
-func (p Prune) tableName() (schema, table string) {
-	schema, table, ok := strings.Cut(p.Table, ".")
-	if !ok {
-		return "public", p.Table
+// table is the one that the payload names.
+func (p Prune) table() table {
+	if t, ok := cutTable(p.Table); ok {
+		return t
 	}
-	return schema, table
-}
-
-func isIdentifier(s string) bool {
-	return s != "" && len(s) <= pgtext.MaxIdentifier && !strings.ContainsAny(s, ".\"\x00")
+	return table{"public", p.Table}
 }
 
 // Result is the result of rows:prune.
@@ -97,23 +88,32 @@ type Result struct {
 	Left int64 `json:"left,omitempty"`
 }
 
+// Pruner runs rows:prune. The zero value prunes no table.
+type Pruner struct {
+	// Tables are those that may be pruned, from [ParseTables].
+	Tables Tables
+}
+
 // Handle deletes the rows. It is a handler for [tasks.Register]. Between two batches it
 // gives its connection back, so that whoever waits for the pool comes first. It waits for
 // no row that others have locked, and counts how many it left.
 //
-// A table or column that isn't there or isn't suitable, a missing privilege
-// (SELECT, UPDATE for the locks, and DELETE), and rows that a foreign key or a trigger
-// keeps, are permanent errors; batches deleted before stay deleted. The other errors are
-// the database's.
-func Handle(ctx context.Context, job *tasks.Job, p Prune) (Result, error) {
+// A table that is not one of p.Tables, a table or column that isn't there or isn't
+// suitable (a view, a foreign table), a missing privilege (SELECT, UPDATE for the locks, and
+// DELETE), and rows that a foreign key or a trigger keeps, are permanent errors; batches
+// deleted before stay deleted. The other errors are the database's.
+func (p Pruner) Handle(ctx context.Context, job *tasks.Job, payload Prune) (Result, error) {
 	var result Result
-	age, err := prune.ParseAge(p.OlderThan)
+	of := payload.table()
+	if !p.Tables.has(of) {
+		return result, tasks.Permanent(p.Tables.refusal(of))
+	}
+	age, err := prune.ParseAge(payload.OlderThan)
 	if err != nil {
 		return result, tasks.Permanent(fmt.Errorf("older_than: %w", err))
 	}
-	schema, table := p.tableName()
 	result.Left, err = prune.Run{
-		DB: job.DB, Schema: schema, Table: table, Column: p.Column, OlderThan: age, Batch: p.Batch,
+		DB: job.DB, Schema: of.schema, Table: of.name, Column: payload.Column, OlderThan: age, Batch: payload.Batch,
 		Deleted: func(rows int64) {
 			result.Deleted += rows
 			result.Batches++
@@ -122,7 +122,7 @@ func Handle(ctx context.Context, job *tasks.Job, p Prune) (Result, error) {
 		},
 	}.Do(ctx)
 	if err != nil {
-		err = fmt.Errorf("prune %s: %w", p.Table, err)
+		err = fmt.Errorf("prune %s: %w", of, err)
 	}
 	if _, ok := errors.AsType[*prune.PermanentError](err); ok {
 		err = tasks.Permanent(err)

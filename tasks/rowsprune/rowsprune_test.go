@@ -35,9 +35,23 @@ func (p prunes) exec(t testing.TB, sql ...string) {
 	}
 }
 
+// run runs a job on a worker whose operator has listed the payload's table.
 func (p prunes) run(t testing.TB, payload rowsprune.Prune) (rowsprune.Result, error) {
 	t.Helper()
-	return taskstest.Run(t, p.Kit, rowsprune.Handle, payload)
+	listed := payload.Table
+	if !strings.Contains(listed, ".") {
+		listed = "public." + listed
+	}
+	return taskstest.Run(t, p.Kit, pruner(t, listed).Handle, payload)
+}
+
+func pruner(t testing.TB, list string) rowsprune.Pruner {
+	t.Helper()
+	tables, err := rowsprune.ParseTables(list)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return rowsprune.Pruner{Tables: tables}
 }
 
 // ids are those of the rows that are left.
@@ -270,7 +284,7 @@ func TestPrune_InterruptedItGoesOnWhereItWas(t *testing.T) {
 			}
 			return errors.New("Redis is away") // so that each one is tried
 		}}
-		_, err := rowsprune.Handle(ctx, job, payload)
+		_, err := pruner(t, "public.events").Handle(ctx, job, payload)
 		if !errors.Is(err, context.Canceled) || tasks.IsPermanent(err) {
 			t.Fatalf("error %v, permanent %t; want that it was cancelled", err, tasks.IsPermanent(err))
 		}
@@ -343,7 +357,7 @@ func TestPrune_GivesWayToOthersBetweenBatches(t *testing.T) {
 
 func TestPrune_RowsThatAreNeededStay(t *testing.T) {
 	t.Parallel()
-	const fk = `prune orders: ERROR: update or delete on table "orders" violates foreign key constraint "items_order_id_fkey" on table "items" (SQLSTATE 23503)`
+	const fk = `prune public.orders: ERROR: update or delete on table "orders" violates foreign key constraint "items_order_id_fkey" on table "items" (SQLSTATE 23503)`
 	for _, index := range []string{"(at)", "(at2)"} {
 		p := newPrunes(t, "CREATE TABLE orders (id int PRIMARY KEY, at timestamptz, at2 date)", "CREATE INDEX ON orders "+index,
 			"INSERT INTO orders SELECT i, '2000-01-01'::timestamptz + i % 1000 * interval '1 s' FROM generate_series(918273001, 918273030) i",
@@ -371,7 +385,7 @@ func TestPrune_TriggersThatKeepRows(t *testing.T) {
 
 		p.exec(t, "CREATE OR REPLACE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 's3cret %', OLD.id; END $$")
 		_, err = p.run(t, rowsprune.Prune{Table: "events", Column: "at", OlderThan: "1d"})
-		if err == nil || !tasks.IsPermanent(err) || err.Error() != "prune events: a trigger refuses to delete a row (SQLSTATE P0001)" {
+		if err == nil || !tasks.IsPermanent(err) || err.Error() != "prune public.events: a trigger refuses to delete a row (SQLSTATE P0001)" {
 			t.Errorf("error %v, permanent %t", err, tasks.IsPermanent(err))
 		}
 	}
@@ -380,13 +394,24 @@ func TestPrune_TriggersThatKeepRows(t *testing.T) {
 func TestPrune_WhatIsNotThereIsAPermanentError(t *testing.T) {
 	t.Parallel()
 	p := newPrunes(t, `CREATE TABLE events (id int, at timestamptz, "time" time, word text, gone date)`, "ALTER TABLE events DROP gone",
-		"CREATE VIEW v AS SELECT * FROM events")
+		"CREATE VIEW v AS SELECT * FROM events", "CREATE MATERIALIZED VIEW m AS SELECT * FROM events",
+		// What a rule makes of a view looks like a table to who deletes from it.
+		"CREATE RULE v AS ON DELETE TO v DO INSTEAD DELETE FROM events", "CREATE SEQUENCE s", "CREATE TYPE c AS (at date)",
+		"CREATE INDEX i ON events (at)",
+		"CREATE FOREIGN DATA WRAPPER w", "CREATE SERVER r FOREIGN DATA WRAPPER w", "CREATE FOREIGN TABLE f (id int, at timestamptz) SERVER r",
+		"CREATE TABLE parts (id int, at timestamptz) PARTITION BY LIST (id)", "CREATE FOREIGN TABLE part PARTITION OF parts DEFAULT SERVER r")
 	for _, tc := range []struct{ table, column, wanted string }{
-		{"nowhere", "at", `prune nowhere: there is no table "nowhere" in the schema "public"`},
+		{"nowhere", "at", `prune public.nowhere: there is no table "nowhere" in the schema "public"`},
 		{"x.events", "at", `there is no table "events" in the schema "x"`},
 		{"Events", "at", `there is no table "Events"`},
 		{"events; DROP TABLE events", "at", `there is no table "events; DROP TABLE events"`},
-		{"v", "at", "it is not a table"},
+		{"v", "at", "it is not a table that has its rows in this database"},
+		{"m", "at", "it is not a table"},
+		{"s", "last_value", "it is not a table"},
+		{"c", "at", "it is not a table"},
+		{"i", "at", "it is not a table"},
+		{"f", "at", "it is not a table that has its rows in this database"},
+		{"parts", "at", `its partition "public"."part" is not in this database`},
 		{"events", "when", `there is no column "when"`},
 		{"events", "gone", `there is no column "gone"`},
 		{"events", "ctid", `there is no column "ctid"`},
@@ -426,6 +451,11 @@ func TestPrune_PayloadIsValidated(t *testing.T) {
 		{func(p *rowsprune.Prune) { p.Table = "pg_catalog.pg_class" }, "table: "},
 		{func(p *rowsprune.Prune) { p.Table = "pg_toast.x" }, "table: "},
 		{func(p *rowsprune.Prune) { p.Table = "information_schema.tables" }, "table: "},
+		{func(p *rowsprune.Prune) { p.Table = "carpool.jobs_done" }, "table: the schema is carpool's own"},
+		{func(p *rowsprune.Prune) { p.Table = "Carpool.jobs_done" }, ""}, // which is another one
+		{func(p *rowsprune.Prune) { p.Table = "a,b.c" }, "table: "},
+		{func(p *rowsprune.Prune) { p.Table = " a.b" }, "table: "},
+		{func(p *rowsprune.Prune) { p.Table = "a. b" }, "table: "},
 		{func(p *rowsprune.Prune) { p.Column = "" }, "column: "},
 		{func(p *rowsprune.Prune) { p.Column = "t.at" }, "column: "},
 		{func(p *rowsprune.Prune) { p.Column = `"at"` }, "column: "},
@@ -448,6 +478,96 @@ func TestPrune_PayloadIsValidated(t *testing.T) {
 		tc.change(&p)
 		if err := p.Validate(); (err == nil) != (tc.wanted == "") || err != nil && !strings.HasPrefix(err.Error(), tc.wanted) {
 			t.Errorf("%+v: %v, want %q", p, err, tc.wanted)
+		}
+	}
+}
+
+func TestPrune_WorksOnTheTablesThatAreListedAndNoOther(t *testing.T) {
+	t.Parallel()
+	p := newPrunes(t, `CREATE SCHEMA "App"`)
+	tables := []string{`public.events`, `public."Events"`, `"App".events`, `"App"."Log ins; é"`}
+	for _, table := range tables {
+		p.exec(t, "CREATE TABLE "+table+" (id int, at date)")
+	}
+	for _, tc := range []struct{ list, table, refused string }{
+		{"", "events", `this worker prunes no tables; set PRUNE_ALLOW to those it may delete rows of, such as "public.events"`},
+		{" , ", "App.events", `this worker prunes no tables; set PRUNE_ALLOW to those it may delete rows of, such as "App.events"`},
+		{"public.events", "events", ""},
+		{"public.events", "public.events", ""},
+		{"App.x,public.events , ", "events", ""},
+		{"public.events", "Events", `"public.Events" is not in PRUNE_ALLOW, the tables that this worker may delete rows of; add it there, spelt the same`},
+		{"public.events", "App.events", `"App.events" is not in PRUNE_ALLOW, `},
+		{"app.events", "App.events", `"App.events" is not in PRUNE_ALLOW, `},
+		{"App.events", "events", `"public.events" is not in PRUNE_ALLOW, `},
+		{"public.events", "App.Log ins; é", `"App.Log ins; é" is not in PRUNE_ALLOW, `},
+		{"public.events,App.Log ins; é", "App.Log ins; é", ""},
+		{"public.events", "x.a\nb", `"x.a\nb" is not in PRUNE_ALLOW, `},
+	} {
+		for _, table := range tables {
+			p.exec(t, "TRUNCATE "+table, "INSERT INTO "+table+" VALUES (1, '2000-01-01')")
+		}
+		payload := rowsprune.Prune{Table: tc.table, Column: "at", OlderThan: "1d"}
+		if err := payload.Validate(); err != nil {
+			t.Errorf("%q: %v", tc.table, err)
+		}
+		_, err := taskstest.Run(t, p.Kit, pruner(t, tc.list).Handle, payload)
+		rows := 0
+		for _, table := range tables {
+			rows += p.count(t, table)
+		}
+		if tc.refused == "" {
+			if err != nil || rows != len(tables)-1 {
+				t.Errorf("%q with PRUNE_ALLOW=%s: %d of %d rows are left, error %v", tc.table, tc.list, rows, len(tables), err)
+			}
+			continue
+		}
+		if err == nil || !strings.HasPrefix(err.Error(), tc.refused) || !tasks.IsPermanent(err) || rows != len(tables) {
+			t.Errorf("%q with PRUNE_ALLOW=%s: %d of %d rows are left, error %v, permanent %t; want %q",
+				tc.table, tc.list, rows, len(tables), err, tasks.IsPermanent(err), tc.refused)
+		}
+	}
+}
+
+func TestParseTables_NamesEveryEntryThatIsWrong(t *testing.T) {
+	t.Parallel()
+	long := strings.Repeat("x", 64)
+	for list, faults := range map[string][]string{
+		"":                              nil,
+		"a.b":                           nil,
+		" a.b ,c.d e,":                  nil,
+		"a.b,c":                         {`"c" is no schema.table`},
+		"carpool.jobs_done":             {`"carpool.jobs_done": the schema is carpool's own`},
+		"carpool.webhook_deliveries":    {`"carpool.webhook_deliveries": the schema is carpool's own`},
+		"pg_catalog.pg_class":           {`"pg_catalog.pg_class": the schema is Postgres' own`},
+		"a.b,x,carpool.kinds,a.b.c":     {`"x" is no schema.table`, `"carpool.kinds": the schema is carpool's`, `"a.b.c": it must be schema.table`},
+		`public."Events"`:               {`"public.\"Events\"": it must be schema.table, each name at most 63 bytes and spelt as in the catalog, without quotes`},
+		"a." + long:                     {`"a.` + long + `": it must be schema.table`},
+		"a. b":                          {`"a. b": it must be`},
+		"a.":                            {`"a.": it must be`},
+		".b":                            {`".b": it must be`},
+		strings.Repeat("secret ", 1000): {`"secret secret`},
+	} {
+		tables, err := rowsprune.ParseTables(list)
+		if (err == nil) != (faults == nil) {
+			t.Errorf("%q: %v", list, err)
+			continue
+		}
+		if err == nil {
+			continue
+		}
+		parts := strings.Split(err.Error(), "; ")
+		if len(parts) != len(faults) || len(err.Error()) > 1000 {
+			t.Errorf("%q: %v\nwant %d faults", list, err, len(faults))
+			continue
+		}
+		for i, want := range faults {
+			if !strings.HasPrefix(parts[i], want) {
+				t.Errorf("%q: fault %d is %q, want %q", list, i+1, parts[i], want)
+			}
+		}
+		// Of a list that is wrong, nothing counts.
+		if diff := cmp.Diff(rowsprune.Tables{}, tables, cmp.AllowUnexported(rowsprune.Tables{})); diff != "" {
+			t.Errorf("%q: %s", list, diff)
 		}
 	}
 }

@@ -35,6 +35,7 @@ func TestMisspelt_NamesTheSettingThatIsMeant(t *testing.T) {
 		"MONITOR_PASWORD":         "MONITOR_PASSWORD",
 		"WEBHOOK_SECERT":          "WEBHOOK_SECRET", // a group's, and secret
 		"IMPORT_DIRS":             "IMPORT_DIR",
+		"PRUNE_ALOW":              "PRUNE_ALLOW",
 		"ORDERS_LIMITS":           "ORDERS_LIMIT",
 	} {
 		_, stderr, code := withEnviron([]string{env + "=hush"}, new(builtin.Tasks), new(orders)).run(t, "config")
@@ -50,7 +51,7 @@ func TestMisspelt_DoesNotCryWolf(t *testing.T) {
 	settings := []string{
 		"DATABASE_URL", "DB_ECHO", "DB_MAX_OVERFLOW", "DB_POOLER", "DB_POOL_LEAK_AFTER", "DB_POOL_PRE_PING", "DB_POOL_RECYCLE", "DB_POOL_SIZE",
 		"DB_POOL_TIMEOUT", "DB_POOL_VALIDATE_EVERY", "IMPORT_DIR", "LOG_FORMAT", "LOG_LEVEL", "MONITOR_ADDR", "MONITOR_PASSWORD", "MONITOR_READ_ONLY",
-		"MONITOR_SHOW_PAYLOADS", "MONITOR_USER", "ORDERS_LIMIT", "OUTBOUND_ALLOW", "REDIS_URL", "WEBHOOK_SECRET", "WORKER_CONCURRENCY", "WORKER_FETCHERS",
+		"MONITOR_SHOW_PAYLOADS", "MONITOR_USER", "ORDERS_LIMIT", "OUTBOUND_ALLOW", "PRUNE_ALLOW", "REDIS_URL", "WEBHOOK_SECRET", "WORKER_CONCURRENCY", "WORKER_FETCHERS",
 		"WORKER_QUEUES", "WORKER_SHUTDOWN_TIMEOUT", "WORKER_STARTUP_TIMEOUT",
 	}
 	environments := [][]string{{"DB_POL_SIZE="}, {"=C:=C:\\"}} // set to nothing; as Windows has it

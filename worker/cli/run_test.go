@@ -105,7 +105,7 @@ func TestRun_EveryWrongSettingIsNamedInOneMessageBeforeAnythingIsTouched(t *test
 		"REDIS_URL=redis//localhost", "DATABASE_URL=", "DB_POOL_SIZE=many", "DB_MAX_OVERFLOW=-1", "DB_POOL_TIMEOUT=30",
 		"DB_POOL_RECYCLE=-1s", "DB_POOL_PRE_PING=maybe", "DB_POOL_VALIDATE_EVERY=1ms", "DB_POOL_LEAK_AFTER=x",
 		"DB_POOLER=perhaps", "DB_ECHO=2", "WORKER_CONCURRENCY=0", "WORKER_QUEUES=a=0,b c", "WORKER_FETCHERS=x", "WORKER_SHUTDOWN_TIMEOUT=soon",
-		"WORKER_STARTUP_TIMEOUT=1", "LOG_LEVEL=loud", "LOG_FORMAT=xml", "IMPORT_DIR=/no/such/folder",
+		"WORKER_STARTUP_TIMEOUT=1", "LOG_LEVEL=loud", "LOG_FORMAT=xml", "IMPORT_DIR=/no/such/folder", "PRUNE_ALLOW=carpool.jobs_done",
 		"WEBHOOK_SECRET=whsec_hush!", "OUTBOUND_ALLOW=10.0.0.0/99",
 	})
 	if code != exitUsage {
@@ -114,7 +114,7 @@ func TestRun_EveryWrongSettingIsNamedInOneMessageBeforeAnythingIsTouched(t *test
 	for _, name := range []string{
 		"REDIS_URL", "DATABASE_URL", "DB_POOL_SIZE", "DB_MAX_OVERFLOW", "DB_POOL_TIMEOUT", "DB_POOL_RECYCLE",
 		"DB_POOL_PRE_PING", "DB_POOL_VALIDATE_EVERY", "DB_POOL_LEAK_AFTER", "DB_POOLER", "DB_ECHO", "WORKER_CONCURRENCY", "WORKER_QUEUES",
-		"WORKER_FETCHERS", "WORKER_SHUTDOWN_TIMEOUT", "WORKER_STARTUP_TIMEOUT", "LOG_LEVEL", "LOG_FORMAT", "IMPORT_DIR",
+		"WORKER_FETCHERS", "WORKER_SHUTDOWN_TIMEOUT", "WORKER_STARTUP_TIMEOUT", "LOG_LEVEL", "LOG_FORMAT", "IMPORT_DIR", "PRUNE_ALLOW",
 		"WEBHOOK_SECRET", "OUTBOUND_ALLOW",
 	} {
 		if !strings.Contains(stderr, "\n  "+name+" ") || !strings.Contains(stderr, "for example "+name+"=") {
@@ -475,11 +475,12 @@ func TestEnqueue_EveryBuiltInKindRunsEndToEnd(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "cities.csv"), []byte("city,zip\nHoltsville,00501\nBoston,02108\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	b.Start(t, append(w.env(), "IMPORT_DIR="+dir)...)
+	b.exec(t, "CREATE TABLE events AS SELECT '2000-01-01'::date AS at")
+	b.Start(t, append(w.env(), "IMPORT_DIR="+dir, "PRUNE_ALLOW=public.events")...)
 	for _, c := range []struct{ kind, payload, want string }{
 		{"csv:import", `{"source":"file:///cities.csv","table":"cities","mode":"replace"}`, `"rows":2`},
 		{"webhook:deliver", `{"url":"` + w.URL + `","event":"city.added","body":{"zip":"00501"}}`, `"status":204`},
-		{"rows:prune", `{"table":"carpool.webhook_deliveries","column":"delivered_at","older_than":"1h"}`, `"deleted":0`},
+		{"rows:prune", `{"table":"events","column":"at","older_than":"1h"}`, `"deleted":1`},
 		{"pool:validate", `{}`, `"checked":`},
 		{"carpool:prune", `{}`, `"jobs":0`},
 	} {

@@ -26,7 +26,7 @@ func (b *bundle) schedule(t *testing.T, wantCode int, args ...string) (stdout, s
 	return stdout, stderr
 }
 
-const pruneNothing = `{"table": "carpool.webhook_deliveries", "column": "delivered_at", "older_than": "3650d"}`
+const pruneNothing = `{"table": "public.events", "column": "at", "older_than": "3650d"}`
 
 func TestSchedule_RefusesWhatIsWrongWithOneLineThatNamesIt(t *testing.T) {
 	t.Parallel()
@@ -131,6 +131,7 @@ func TestSchedule_EachTickIsOneJobOverWorkersThatSleepAndDie(t *testing.T) {
 	}
 	t.Cleanup(func() { _ = db.Close(t.Context()) })
 	if _, err := db.Exec(t.Context(), `
+		CREATE TABLE events (at timestamptz);
 		CREATE TABLE test_jobs (id text NOT NULL);
 		CREATE FUNCTION test_note() RETURNS trigger LANGUAGE plpgsql AS $$
 		BEGIN
@@ -162,7 +163,7 @@ func TestSchedule_EachTickIsOneJobOverWorkersThatSleepAndDie(t *testing.T) {
 		workertest.Eventually(t, "the clock goes on", func() bool { return len(jobs()) >= have+n })
 	}
 
-	sleeper, other := b.Start(t), b.Start(t)
+	sleeper, other := b.Start(t, "PRUNE_ALLOW=public.events"), b.Start(t, "PRUNE_ALLOW=public.events")
 	b.schedule(t, 0, "add", "often", "@every 1s", "rows:prune", pruneNothing, "--missed", "all", "--retention", "1h")
 	more(2)
 	sleeper.Signal(t, syscall.SIGSTOP)
