@@ -12,6 +12,7 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/carpool-go/carpool/internal/asynqwire"
+	"github.com/carpool-go/carpool/internal/instance"
 	"github.com/carpool-go/carpool/internal/outbox"
 	"github.com/carpool-go/carpool/tasks"
 )
@@ -90,6 +91,11 @@ func (e Entry) Validate() error {
 	}
 	if o := e.Options; o.Queue != "" && !asynqwire.IsQueueName(o.Queue) {
 		add("queue: %.100q is not made of 1 to 100 letters, digits, or _ . : -", o.Queue)
+	}
+	if e.Payload != nil {
+		if err := instance.CheckQueue(e.Options.Queue, e.Payload.Kind()); err != nil {
+			faults = append(faults, err)
+		}
 	}
 	if n := e.Options.MaxRetry; n > math.MaxInt32 {
 		add("max_retry: %d is more than %d", n, math.MaxInt32)

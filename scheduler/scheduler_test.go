@@ -237,17 +237,18 @@ func TestNew_SaysWhatIsMissingOrWrong(t *testing.T) {
 	b := newBench(t)
 	good := Entry{Name: "a", Cron: "@daily", Payload: Ping{To: "a"}}
 	for want, spoil := range map[string]func(*Entry){
-		"name: ":      func(e *Entry) { e.Name = "a b" },
-		"cron: ":      func(e *Entry) { e.Cron = "often" },
-		"time_zone: ": func(e *Entry) { e.TimeZone = "Europe/Atlantis" },
-		"payload: ":   func(e *Entry) { e.Payload = Ping{} },
-		"kind: ":      func(e *Entry) { e.Payload = rowsprune.Prune{Table: "a.b", Column: "c", OlderThan: "1d"} },
-		"missed: ":    func(e *Entry) { e.Missed = "never" },
-		"overlap: ":   func(e *Entry) { e.Overlap = "never" },
-		"queue: ":     func(e *Entry) { e.Options.Queue = "a=1" },
-		"timeout: ":   func(e *Entry) { e.Options.Timeout = time.Millisecond },
-		"retention: ": func(e *Entry) { e.Options.Retention = time.Millisecond },
-		"isolation: ": func(e *Entry) { e.Options.Isolation = pgx.Serializable },
+		"name: ":       func(e *Entry) { e.Name = "a b" },
+		"cron: ":       func(e *Entry) { e.Cron = "often" },
+		"time_zone: ":  func(e *Entry) { e.TimeZone = "Europe/Atlantis" },
+		"payload: ":    func(e *Entry) { e.Payload = Ping{} },
+		"kind: ":       func(e *Entry) { e.Payload = rowsprune.Prune{Table: "a.b", Column: "c", OlderThan: "1d"} },
+		"missed: ":     func(e *Entry) { e.Missed = "never" },
+		"overlap: ":    func(e *Entry) { e.Overlap = "never" },
+		"queue: ":      func(e *Entry) { e.Options.Queue = "a=1" },
+		"worker's own": func(e *Entry) { e.Options.Queue = "instance-host-01234567" },
+		"timeout: ":    func(e *Entry) { e.Options.Timeout = time.Millisecond },
+		"retention: ":  func(e *Entry) { e.Options.Retention = time.Millisecond },
+		"isolation: ":  func(e *Entry) { e.Options.Isolation = pgx.Serializable },
 	} {
 		e := good
 		spoil(&e)
@@ -446,7 +447,9 @@ func TestTable_ABadRowIsReportedAndHarmsNoOther(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)
 	s := b.scheduler(t)
-	b.exec(t, `INSERT INTO carpool.schedules (name, cron, time_zone, kind, payload) VALUES
+	b.exec(t, `INSERT INTO carpool.schedules (name, cron, time_zone, kind, payload, queue)
+			VALUES ('a-queue', '* * * * *', 'UTC', 'test:ping', '{"to": "bad"}', 'instance-host-01234567');
+		INSERT INTO carpool.schedules (name, cron, time_zone, kind, payload) VALUES
 		('a-cron', '61 * * * *', 'UTC', 'test:ping', '{"to": "bad"}'),
 		('b-zone', '* * * * *', 'Europe/Atlantis', 'test:ping', '{"to": "bad"}'),
 		('c-payload', '* * * * *', 'UTC', 'test:ping', '{"too": "s3cret"}'),
@@ -463,7 +466,8 @@ func TestTable_ABadRowIsReportedAndHarmsNoOther(t *testing.T) {
 		t.Error(diff)
 	}
 	for name, want := range map[string]string{
-		"a-cron": "cron: ", "b-zone": "time_zone: ", "c-payload": "to", "d-shape": "object", "e-kind": "test:ping", "f-good": "",
+		"a-queue": "queue: is a worker's own, which takes pool:validate alone",
+		"a-cron":  "cron: ", "b-zone": "time_zone: ", "c-payload": "to", "d-shape": "object", "e-kind": "test:ping", "f-good": "",
 	} {
 		problem := b.status(t, name).Problem
 		if !strings.Contains(problem, want) || (want == "") != (problem == "") {

@@ -14,6 +14,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/internal/asynqwire"
+	"github.com/carpool-go/carpool/internal/instance"
 	"github.com/carpool-go/carpool/internal/reason"
 	"github.com/carpool-go/carpool/internal/unique"
 )
@@ -43,7 +44,8 @@ type EnqueueOptions struct {
 	// ids of jobs that are done and not retained are forgotten: only tasks of
 	// [RegisterTx] and [RegisterOnce] know them when they come again later.
 	ID string
-	// Queue is the queue's name; "" means that of the kind.
+	// Queue is the queue's name; "" means that of the kind. A worker's own, on which it has
+	// itself validate its pool, is refused.
 	Queue string
 	// MaxRetry is how many times a failed job is tried again, [NoRetry] for none; 0 means
 	// as often as the kind says.
@@ -67,7 +69,7 @@ type EnqueueOptions struct {
 // [EnqueueOptions.ID] makes it safe to try again.
 //
 // The error is a [PayloadError] for a payload that is not valid, a [DuplicateError] for a
-// unique key that is held, one for an ID that can't be used, or Redis'.
+// unique key that is held, one for an ID or a queue that can't be used, or Redis'.
 func (c *Client) Enqueue(ctx context.Context, p Payload, opts *EnqueueOptions) (*Info, error) {
 	data, err := encode(p)
 	if err != nil {
@@ -90,6 +92,9 @@ func (c *Client) Enqueue(ctx context.Context, p Payload, opts *EnqueueOptions) (
 		o.Retention = opts.Retention
 	}
 	o = o.withDefaults()
+	if err := instance.CheckQueue(o.Queue, p.Kind()); err != nil {
+		return nil, fmt.Errorf("tasks: enqueue %s: %w", p.Kind(), Permanent(err))
+	}
 
 	id := opts.ID
 	if id == "" {

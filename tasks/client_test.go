@@ -15,6 +15,7 @@ import (
 	"github.com/hibiken/asynq"
 	"github.com/redis/go-redis/v9"
 
+	"github.com/carpool-go/carpool/internal/instance"
 	"github.com/carpool-go/carpool/internal/testservers"
 	"github.com/carpool-go/carpool/internal/unique"
 	"github.com/carpool-go/carpool/tasks"
@@ -67,6 +68,41 @@ func TestClient_EnqueueRefusesAPayloadThatIsNotValid(t *testing.T) {
 	}
 	kit.RequireNothingEnqueued(t)
 }
+
+// A worker validates its pool by jobs on a queue of its own, which any other job would hold up.
+func TestClient_EnqueueLeavesTheQueuesOfInstancesToTheirValidations(t *testing.T) {
+	t.Parallel()
+	kit := taskstest.New(t)
+	own := &tasks.EnqueueOptions{Queue: instance.Queue(instance.NewName("host"))}
+	if _, err := kit.Client.Enqueue(t.Context(), parcel{To: "Ada"}, own); !tasks.IsPermanent(err) || !strings.Contains(err.Error(), "queue: is a worker's own") {
+		t.Errorf("error %v", err)
+	}
+	kit.RequireNothingEnqueued(t)
+	// One that only begins like it is a user's.
+	if _, err := kit.Client.Enqueue(t.Context(), parcel{To: "Ada"}, &tasks.EnqueueOptions{Queue: "instance-billing"}); err != nil {
+		t.Error(err)
+	}
+	if _, err := kit.Client.Enqueue(t.Context(), maintenance.PoolValidate{}, own); err != nil {
+		t.Errorf("a validation: %v", err)
+	}
+	_, err := tasks.NewSet(groupFunc(func(s *tasks.Set) {
+		tasks.Register(s, func(context.Context, *tasks.Job, onInstance) (any, error) { return nil, nil })
+	}))
+	if err == nil || !strings.Contains(err.Error(), `kind "on:instance": queue: is a worker's own`) {
+		t.Errorf("a kind that has such a queue: error %v", err)
+	}
+}
+
+// onInstance is a kind whose queue is not for users.
+type onInstance struct{}
+
+func (onInstance) Kind() string           { return "on:instance" }
+func (onInstance) Options() tasks.Options { return tasks.Options{Queue: "instance-mine-01234567"} }
+func (onInstance) Validate() error        { return nil }
+
+type groupFunc func(*tasks.Set)
+
+func (f groupFunc) Register(s *tasks.Set) { f(s) }
 
 func TestClient_UniqueKeyLetsOneOfManyThrough(t *testing.T) {
 	t.Parallel()
@@ -310,6 +346,10 @@ func TestClient_EnqueueingTheSameIDAgainDoesNothing(t *testing.T) {
 		t.Errorf("another kind: error %v", err)
 	}
 	for _, id := range []string{"a b", "{a}", "a\n", strings.Repeat("a", 201), "ä"} {
+		// One that only begins like it is a user's.
+		if _, err := kit.Client.Enqueue(t.Context(), parcel{To: "Ada"}, &tasks.EnqueueOptions{Queue: "instance-billing"}); err != nil {
+			t.Error(err)
+		}
 		if _, err := kit.Client.Enqueue(t.Context(), maintenance.PoolValidate{}, &tasks.EnqueueOptions{ID: id}); err == nil {
 			t.Errorf("the id %q is taken", id)
 		}

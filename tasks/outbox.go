@@ -10,6 +10,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"github.com/carpool-go/carpool/internal/instance"
 	"github.com/carpool-go/carpool/internal/outbox"
 )
 
@@ -27,10 +28,11 @@ import (
 // holds it then, this one is dropped. An [EnqueueOptions.ID] is refused, because the
 // outbox makes the ids.
 //
-// The error is a [PayloadError] for a payload that is not valid, or one for an ID, which
-// leave tx as it was; or Postgres', which aborts tx. What carpool.enqueue refuses is a
-// [pgconn.PgError] with the code 22023 ([pgerrcode.InvalidParameterValue]), or 42501
-// ([pgerrcode.InsufficientPrivilege]) for a kind that is for operators; see [SQL].
+// The error is a [PayloadError] for a payload that is not valid, or one for an ID or a
+// queue that can't be used, which leave tx as it was; or Postgres', which aborts tx. What
+// carpool.enqueue refuses is a [pgconn.PgError] with the code 22023
+// ([pgerrcode.InvalidParameterValue]), or 42501 ([pgerrcode.InsufficientPrivilege]) for a
+// kind that is for operators; see [SQL].
 func (c *Client) EnqueueTx(ctx context.Context, tx interface {
 	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
 }, p Payload, opts *EnqueueOptions,
@@ -44,6 +46,9 @@ func (c *Client) EnqueueTx(ctx context.Context, tx interface {
 	}
 	if opts.ID != "" {
 		return "", fmt.Errorf("tasks: enqueue %s: EnqueueTx takes no ID: the outbox makes it, and EnqueueTx returns it", p.Kind())
+	}
+	if err := instance.CheckQueue(opts.Queue, p.Kind()); err != nil {
+		return "", fmt.Errorf("tasks: enqueue %s: %w", p.Kind(), Permanent(err))
 	}
 	id, err = outbox.Enqueue(ctx, tx, outbox.Row{
 		Kind: p.Kind(), Payload: data, Queue: opts.Queue, UniqueKey: opts.UniqueKey, RunAt: opts.RunAt,

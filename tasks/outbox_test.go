@@ -177,6 +177,10 @@ func TestEnqueueTx_RefusesAPayloadBeforeItTouchesTheTransaction(t *testing.T) {
 	if _, err := new(tasks.Client).EnqueueTx(t.Context(), tx, parcel{To: "Ada"}, &tasks.EnqueueOptions{ID: "mine"}); err == nil || !strings.Contains(err.Error(), "the outbox makes it") {
 		t.Errorf("an id of one's own: %v", err)
 	}
+	if _, err := new(tasks.Client).EnqueueTx(t.Context(), tx, parcel{To: "Ada"}, &tasks.EnqueueOptions{Queue: "instance-host-01234567"}); !tasks.IsPermanent(err) ||
+		!strings.Contains(err.Error(), "queue: is a worker's own, which takes pool:validate alone") {
+		t.Errorf("a worker's own queue: %v", err)
+	}
 	if _, err := tx.Exec(t.Context(), "SELECT 1"); err != nil {
 		t.Errorf("the transaction is aborted: %v", err)
 	}
@@ -241,6 +245,7 @@ func TestEnqueueSQL_RefusesWhatNoWorkerCouldRun(t *testing.T) {
 		{ok + `, queue => 'low{1}'`, `queue: must be 1 to 100 letters, digits, or _ . : -`, ownOption},
 		{ok + `, queue => E'low\n'`, `queue: must be 1 to 100 letters, digits, or _ . : -`, ownOption},
 		{ok + `, queue => repeat('q', 101)`, `queue: must be 1 to 100 letters, digits, or _ . : -`, ownOption},
+		{ok + `, queue => 'instance-host-01234567'`, `queue: is a worker's own, which takes pool:validate alone`, ownOption},
 		{ok + `, max_retry => -1`, `max_retry: is less than 0, which is no retry`, ownOption},
 		{ok + `, timeout => '0'`, `timeout: must be from 1 second to 30 days`, ownOption},
 		{ok + `, timeout => '-1 h'`, `timeout: must be from 1 second to 30 days`, ownOption},

@@ -14,6 +14,8 @@ import (
 	"strings"
 	"time"
 	"unicode/utf8"
+
+	"github.com/carpool-go/carpool/internal/instance"
 )
 
 // Set holds the kinds of job that a worker can run. The zero value is empty and
@@ -108,7 +110,7 @@ type Field struct {
 // once for one job, because a job is delivered at least once.
 //
 // It panics on what only a programmer can mend: a kind without a name, one that is
-// registered already, or a payload that is not a struct.
+// registered already, one whose queue is a worker's own, or a payload that is not a struct.
 func Register[P Payload, R any](s *Set, h Handler[P, R]) {
 	t := register[P](s)
 	t.run = func(ctx context.Context, job *Job, p Payload) (any, error) {
@@ -121,6 +123,9 @@ func register[P Payload](s *Set) *Task {
 	kind := zero.Kind()
 	if kind == "" || strings.TrimSpace(kind) != kind {
 		panic(registerError(fmt.Sprintf("tasks: Register: %T has the kind %q; want a name such as \"csv:import\"", zero, kind)))
+	}
+	if err := instance.CheckQueue(zero.Options().Queue, kind); err != nil {
+		panic(registerError(fmt.Sprintf("tasks: Register: kind %q: %v", kind, err)))
 	}
 	if _, ok := s.byKind[kind]; ok {
 		panic(registerError(fmt.Sprintf("tasks: Register: kind %q is registered twice", kind)))

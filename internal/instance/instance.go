@@ -4,6 +4,7 @@ package instance
 
 import (
 	"cmp"
+	"errors"
 	"regexp"
 	"strings"
 
@@ -26,6 +27,19 @@ var queue = regexp.MustCompile(`^` + QueuePrefix + `.+-[0-9a-f]{8}$`)
 
 // IsQueue reports whether a queue is an instance's own.
 func IsQueue(name string) bool { return queue.MatchString(name) }
+
+// ValidateKind is the kind of job that instances' own queues are for.
+const ValidateKind = "pool:validate"
+
+// CheckQueue returns why a job of a kind can't be put on a queue: an instance's own takes
+// [ValidateKind] alone, because any other job there keeps that instance from validating its
+// pool for as long as it runs. The trigger outbox_queue of internal/schema says the same.
+func CheckQueue(queue, kind string) error {
+	if IsQueue(queue) && kind != ValidateKind {
+		return errors.New("queue: is a worker's own, which takes " + ValidateKind + " alone")
+	}
+	return nil
+}
 
 // OfQueue is the name of the instance whose own queue this is.
 func OfQueue(queue string) string { return strings.TrimPrefix(queue, QueuePrefix) }

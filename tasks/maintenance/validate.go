@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/carpool-go/carpool/dbpool"
+	"github.com/carpool-go/carpool/internal/instance"
 	"github.com/carpool-go/carpool/tasks"
 )
 
@@ -14,7 +15,7 @@ import (
 type PoolValidate struct{}
 
 // Kind returns "pool:validate".
-func (PoolValidate) Kind() string { return "pool:validate" }
+func (PoolValidate) Kind() string { return instance.ValidateKind }
 
 // Options returns no retries, because the next tick comes anyway, and a retention of an
 // hour, so that the monitor shows what the last ones found.

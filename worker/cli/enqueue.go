@@ -12,6 +12,7 @@ import (
 
 	"github.com/carpool-go/carpool/admin"
 	"github.com/carpool-go/carpool/internal/asynqwire"
+	"github.com/carpool-go/carpool/internal/instance"
 	"github.com/carpool-go/carpool/scheduler"
 	"github.com/carpool-go/carpool/tasks"
 )
@@ -143,6 +144,9 @@ func (e *enqueueCmd) options(kind tasks.Options) (*tasks.EnqueueOptions, error) 
 	opts := &tasks.EnqueueOptions{Queue: e.Queue, RunAt: e.At, UniqueKey: e.Unique}
 	if e.Queue != "" && !asynqwire.IsQueueName(e.Queue) {
 		return nil, argumentError(fmt.Sprintf("--queue: %q is no queue's name: letters, digits, and _ . : -", e.Queue))
+	}
+	if err := instance.CheckQueue(e.Queue, e.Kind); err != nil {
+		return nil, argumentError("--" + err.Error())
 	}
 	if e.In < 0 {
 		return nil, argumentError(fmt.Sprintf("--in: %s has passed", e.In))

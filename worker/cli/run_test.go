@@ -565,6 +565,7 @@ func TestEnqueue_WrongUseIsOneClearMessageAndExitCode2(t *testing.T) {
 		{[]string{"pool:validate", "{}", "--in", "1h", "--at", "2099-01-02T03:04:05Z"}, "--in and --at can't be used together"},
 		{[]string{"pool:validate", "{}", "--max-retry", "-1"}, "--max-retry"},
 		{[]string{"pool:validate", "{}", "--queue", "a b"}, "--queue"},
+		{[]string{"carpool:prune", "{}", "--queue", "instance-host-01234567"}, "--queue: is a worker's own, which takes pool:validate alone"},
 		{[]string{"pool:validate", "{}", "--timeout", "1ms"}, "--timeout: 1ms is not from 1s to 30 days"},
 		{[]string{"pool:validate", "{}", "--timeout", "721h"}, "--timeout: 721h0m0s is not from 1s to 30 days"},
 		{[]string{"pool:validate", "{}", "--retention=-1s"}, "--retention: -1s is not from 1s to 366 days"},

@@ -43,6 +43,7 @@ func TestSchedule_RefusesWhatIsWrongWithOneLineThatNamesIt(t *testing.T) {
 		{"unknown field", []string{"add", "a", "@daily", "rows:prune", `{"tabel": "hunter2"}`}},
 		{"name: ", []string{"add", "a b", "@daily", "rows:prune", pruneNothing}},
 		{"queue: ", []string{"add", "a", "@daily", "rows:prune", pruneNothing, "--queue", "a=1"}},
+		{"queue: is a worker's own, which takes pool:validate alone", []string{"add", "a", "@daily", "rows:prune", pruneNothing, "--queue", "instance-host-01234567"}},
 		{"--max-retry: ", []string{"add", "a", "@daily", "rows:prune", pruneNothing, "--max-retry=-1"}},
 		{"timeout: ", []string{"add", "a", "@daily", "rows:prune", pruneNothing, "--timeout", "1ms"}},
 		{"--missed", []string{"add", "a", "@daily", "rows:prune", pruneNothing, "--missed", "never"}},
