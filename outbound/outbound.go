@@ -171,7 +171,7 @@ func checkRedirect(req *http.Request, via []*http.Request) error {
 	case len(via) > maxRedirects:
 		return &BlockedError{Reason: fmt.Sprintf("there are more than %d redirects", maxRedirects)}
 	case to != "https" && to != "http":
-		return &BlockedError{Reason: fmt.Sprintf("a redirect to a %.20s: URL is not followed", to)}
+		return &BlockedError{Reason: "a redirect to a URL that is not https or http is not followed"}
 	case from == "https" && to == "http":
 		return &BlockedError{Reason: "a redirect from https to http is not followed"}
 	}

@@ -351,7 +351,7 @@ func TestGuard_FollowsRedirectsButNotInside(t *testing.T) {
 	for path, want := range map[string]string{
 		"/inside": "127.0.0.2 is a loopback address",
 		"/name":   "a loopback address",
-		"/file":   "a redirect to a file: URL is not followed",
+		"/file":   "a redirect to a URL that is not https or http is not followed",
 		"/round":  "there are more than 5 redirects",
 		"/6":      "there are more than 5 redirects",
 	} {

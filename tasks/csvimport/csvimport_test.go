@@ -483,18 +483,23 @@ func TestImport_SourcesThatCannotBeHad(t *testing.T) {
 		w.Header().Set("Location", "http://[s3cret/")
 		w.WriteHeader(http.StatusFound)
 	})
-	mux.HandleFunc("/round", func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/round", http.StatusFound) })
-	server := httptest.NewServer(mux)
+	mux.HandleFunc("/round", func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/s3cret/round", http.StatusFound) })
+	mux.HandleFunc("/to-name", func(w http.ResponseWriter, r *http.Request) {
+		http.Redirect(w, r, "http://s3cret.invalid/", http.StatusFound)
+	})
+	mux.HandleFunc("/to-scheme", func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "s3cret:x", http.StatusFound) })
+	server := httptest.NewServer(http.StripPrefix("/s3cret", mux))
 	t.Cleanup(server.Close)
 	closed := httptest.NewServer(mux)
 	closed.Close()
-	base := strings.Replace(server.URL, "http://", "http://user:s3cret@", 1)
+	// A path may be as secret as a query.
+	base := strings.Replace(server.URL, "http://", "http://user:s3cret@", 1) + "/s3cret"
 
 	for _, tc := range []struct {
 		source, wanted string
 		permanent      bool
 	}{
-		{base + "/status/404?token=s3cret", server.URL + "/status/404: the server answered 404 Not Found", true},
+		{base + "/status/404?token=s3cret", server.URL + ": the server answered 404 Not Found", true},
 		{base + "/status/403", "answered 403", true},
 		{base + "/status/410", "answered 410", true},
 		{base + "/status/204", "answered 204", true},
@@ -505,25 +510,74 @@ func TestImport_SourcesThatCannotBeHad(t *testing.T) {
 		{base + "/cut?token=s3cret", "after line 2: the server's answer was cut short", false},
 		{base + "/reset", "after line 2: the server's answer was cut short", false},
 		{base + "/to-loopback?token=s3cret", "127.0.0.2", true},
-		{base + "/to-nowhere", "redirects to", true},
+		{base + "/to-nowhere", "a redirect leads to a URL that can't be read", true},
+		{base + "/to-name", server.URL + ": the host's name can't be resolved", false},
+		{base + "/to-scheme", "redirect", true},
 		{base + "/round", "redirect", true},
 		{strings.Replace(base, "127.0.0.1", "127.0.0.2", 1) + "/ok?token=s3cret", "127.0.0.2", true},
-		{"http://10.0.0.1/x.csv", "10.0.0.1", true},
+		{"http://10.0.0.1/s3cret.csv", "10.0.0.1", true},
 		{"http://[::1]/x.csv", "::1", true},
-		{"http://169.254.169.254/latest/meta-data", "169.254.169.254", true},
-		{strings.Replace(closed.URL, "http://", "http://user:s3cret@", 1) + "/x.csv?token=s3cret", "refused", false},
-		{"http://user:s3cret@nowhere.invalid/x.csv?token=s3cret", "nowhere.invalid", false},
+		{"http://169.254.169.254/s3cret", "169.254.169.254", true},
+		{strings.Replace(closed.URL, "http://", "http://user:s3cret@", 1) + "/s3cret.csv?token=s3cret", "refused", false},
+		{"http://user:s3cret@nowhere.invalid/s3cret.csv?token=s3cret", "http://nowhere.invalid: the host's name can't be resolved", false},
+		{"http://" + strings.Repeat("x", 5000) + ".invalid/", "http://xxx", false},
 	} {
 		_, err := i.runFrom(t, "replace", tc.source)
 		if err == nil || !strings.Contains(err.Error(), tc.wanted) || tasks.IsPermanent(err) != tc.permanent {
 			t.Errorf("%s: error %v, permanent %t; want %q, permanent %t", tc.source, err, tasks.IsPermanent(err), tc.wanted, tc.permanent)
 		} else if _, ok := errors.AsType[net.Error](err); ok || errors.Is(err, io.ErrUnexpectedEOF) {
 			t.Errorf("error %v could be taken for a lost connection to the database", err)
-		} else if strings.Contains(err.Error(), "s3cret") || strings.Contains(err.Error(), "user") {
-			t.Errorf("error %q shows what is secret in the URL", err)
+		} else if strings.Contains(err.Error(), "s3cret") || strings.Contains(err.Error(), "user") || len(err.Error()) > 500 {
+			t.Errorf("error %q shows what is secret in the URL, or too much of it", err)
 		}
 	}
 	want(t, "table", i.table(t), before)
+}
+
+// What a server sends in the place of HTTP may be anything, and so may what it sends amid it.
+func TestImport_ErrorsShowNothingOfWhatTheServerSent(t *testing.T) {
+	t.Parallel()
+	i := newImports(t)
+	const chunked = "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n8\r\na,b\n1,2\n\r\n"
+	const noHTTP, cut = "the server's answer is not valid HTTP", "the server's answer was cut short"
+	for answer, wanted := range map[string]string{
+		"s3cret":                                                                noHTTP,
+		"SSH-2.0-s3cret\r\n":                                                    noHTTP,
+		"HTTP/1.1 s3cret\r\n\r\n":                                               noHTTP,
+		"HTTP/s3cret 200 OK\r\n\r\n":                                            noHTTP,
+		"HTTP/1.1 200 OK\r\ns3cret\r\n\r\n":                                     noHTTP,
+		"HTTP/1.1 200 OK\r\nContent-Length: s3cret\r\n\r\n":                     noHTTP,
+		"HTTP/1.1 200 OK\r\nTransfer-Encoding: s3cret\r\n\r\n":                  noHTTP,
+		"HTTP/1.1 302 Found\r\nLocation: http://[s3cret\r\n\r\n":                "a redirect leads to a URL that can't be read",
+		"HTTP/1.1 404 s3cret\r\n\r\n":                                           "the server answered 404 Not Found",
+		"HTTP/1.1 200 OK\r\nX: s3cret":                                          "the server closed the connection before it had answered",
+		chunked + "s3cret\r\n":                                                  "after line 2: " + noHTTP,
+		chunked + "3;" + strings.Repeat("s3cret", 2000) + "\r\n":                "after line 2: " + noHTTP,
+		chunked + "0\r\ns3cret\r\n\r\n":                                         "after line 2: " + noHTTP,
+		chunked + "0\r\nX: s3cret":                                              "after line 2: " + noHTTP,
+		chunked + "ff\r\ns3cret":                                                "after line 2: " + cut,
+		"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\ns3cret s3cret s3cret": "after line 0: " + noHTTP,
+	} {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = l.Close() })
+		go func() {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = conn.Read(make([]byte, 4096))
+			_, _ = io.WriteString(conn, answer)
+			_ = conn.Close()
+		}()
+		_, err = i.runFrom(t, "replace", "http://"+l.Addr().String()+"/x.csv")
+		if err == nil || !strings.Contains(err.Error(), wanted) || strings.Contains(err.Error(), "s3") || strings.Contains(err.Error(), "x.csv") {
+			t.Errorf("%.80q: error %v; want %q", answer, err, wanted)
+		}
+	}
+	want(t, "table", len(i.table(t)), 0)
 }
 
 func TestImport_ReadsAURLOnce(t *testing.T) {

@@ -19,6 +19,7 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/carpool-go/carpool/internal/pgtext"
 	"github.com/carpool-go/carpool/outbound"
 	"github.com/carpool-go/carpool/tasks"
 )
@@ -26,7 +27,8 @@ import (
 // source is a CSV file that can be read twice: once to learn the types of its
 // columns, once to load it.
 type source struct {
-	// name is the source without what may be secret in a URL.
+	// name is what errors call the source: of a URL the scheme and the host, because its path
+	// and its query may hold a secret, and of a file the path below IMPORT_DIR.
 	name string
 	// first is what the first pass reads. Of a file it is the file, of a URL the
 	// answer's body, which is written to file on the way: a second request might
@@ -43,10 +45,12 @@ func (i Importer) open(ctx context.Context, from string) (*source, error) {
 	if err != nil {
 		return nil, tasks.Permanent(errSource)
 	}
-	s := &source{
-		name: (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String(),
-		seed: maphash.MakeSeed(),
+	s := &source{seed: maphash.MakeSeed()}
+	shown := url.URL{Scheme: u.Scheme, Host: u.Host}
+	if u.Scheme == "file" {
+		shown.Path = u.Path
 	}
+	s.name = pgtext.Cut(shown.String(), maxName)
 	if u.Scheme == "file" {
 		err = i.openFile(s, u)
 	} else {
@@ -57,6 +61,9 @@ func (i Importer) open(ctx context.Context, from string) (*source, error) {
 	}
 	return s, nil
 }
+
+// maxName bounds what errors show of a source, in bytes. It is more than a host's name has.
+const maxName = 300
 
 func (i Importer) openFile(s *source, u *url.URL) error {
 	if i.Dir == "" {
@@ -177,19 +184,14 @@ func (b *boundedReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// requestError says why a request failed, without the URL that net/http puts
-// into its errors. Nor does it wrap the cause: whoever looks for a lost connection
-// in a job's error means the database's.
+// requestError says why a request failed, or the reading of its answer, as
+// [outbound.Reason] does. It doesn't wrap the cause: whoever looks for a lost connection in
+// a job's error means the database's.
 func requestError(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	if e, ok := errors.AsType[*url.Error](err); ok {
-		err = e.Err
-	}
-	if strings.Contains(err.Error(), "Location header") {
-		return tasks.Permanent(errors.New("the server redirects to a URL that can't be read"))
-	}
+	err = outbound.Reason(err)
 	if _, ok := errors.AsType[*outbound.BlockedError](err); ok {
 		return tasks.Permanent(err)
 	}

@@ -211,15 +211,16 @@ func (d Deliverer) send(ctx context.Context, req *http.Request) (status int, err
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, fmt.Errorf("it did not answer within %s", timeout))
 	defer cancel()
+	host := pgtext.Cut(req.URL.Host, maxHost)
 	client := outbound.Client(ctx)
 	client.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 	resp, err := client.Do(req.WithContext(ctx))
 	if err != nil {
-		return 0, noAnswer(ctx, req.URL.Host, err)
+		return 0, noAnswer(ctx, host, err)
 	}
 	defer func() { _ = resp.Body.Close() }()
 	_, _ = io.CopyN(io.Discard, resp.Body, drainBytes)
-	return resp.StatusCode, answered(req.URL.Host, resp)
+	return resp.StatusCode, answered(host, resp)
 }
 
 func noAnswer(ctx context.Context, host string, err error) error {
@@ -331,6 +332,9 @@ func (d *delivery) complete(ctx context.Context, status int, failed error, took 
 // maxReason bounds what is recorded of an error, in bytes: a receiver may have had a part
 // in its text.
 const maxReason = 1000
+
+// maxHost bounds what errors show of a host, in bytes. It is more than a host's name has.
+const maxHost = 300
 
 // publicURL is a URL without what may be secret in it.
 func publicURL(raw string) string {

@@ -409,6 +409,10 @@ func TestDeliver_NetworkErrorsAreRetriedAndShowNoSecrets(t *testing.T) {
 			t.Errorf("error %q shows what is secret in the URL", err)
 		}
 	}
+	_, err := w.attempt(t.Context(), 1, w.payload("http://"+strings.Repeat("x", 5000)+".invalid"))
+	if err == nil || len(err.Error()) > 500 || !strings.Contains(err.Error(), "xx…: the host's name can't be resolved") {
+		t.Errorf("a host that is too long: %.600v", err)
+	}
 }
 
 // echo listens on 127.0.0.1 and says back the first it hears of each caller.
