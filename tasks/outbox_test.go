@@ -350,28 +350,13 @@ func TestEnqueueSQL_IDsAreUUIDsOfVersion7InTheOrderOfTime(t *testing.T) {
 func TestEnqueueSQL_AProducerNeedsUsageAndExecuteAndHasNoMore(t *testing.T) {
 	t.Parallel()
 	kit := outbox(t)
+	producer, role := login(t, kit)
 	exec := func(sql string) {
 		t.Helper()
 		if _, err := kit.DB.Exec(t.Context(), sql); err != nil {
 			t.Fatal(err)
 		}
 	}
-	u := testservers.ParseURL(t, kit.DatabaseURL)
-	role := "producer_" + strings.Trim(u.Path, "/") // roles are the server's, not the database's
-	exec("CREATE ROLE " + role + " LOGIN PASSWORD 'p'")
-	t.Cleanup(func() {
-		for _, sql := range []string{"DROP OWNED BY " + role, "DROP ROLE " + role} {
-			if _, err := kit.DB.Exec(context.Background(), sql); err != nil {
-				t.Error(err)
-			}
-		}
-	})
-	u.User = url.UserPassword(role, "p")
-	producer, err := pgx.Connect(t.Context(), u.String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer producer.Close(context.Background())
 	refused := func(sql string) {
 		t.Helper()
 		_, err := producer.Exec(t.Context(), sql)
@@ -397,11 +382,62 @@ func TestEnqueueSQL_AProducerNeedsUsageAndExecuteAndHasNoMore(t *testing.T) {
 	if rows := outboxRows(t, kit); len(rows) != 2 {
 		t.Errorf("the outbox has %d rows, want 2", len(rows))
 	}
-	for _, table := range []string{"outbox", "kinds", "jobs_done"} {
-		refused("SELECT FROM carpool." + table)
-		refused("DELETE FROM carpool." + table)
-		refused("INSERT INTO carpool." + table + " DEFAULT VALUES")
+	tables := 0
+	for _, operator := range []bool{false, true} { // who may enqueue more, but sees no more
+		if operator {
+			exec("GRANT carpool_operator TO " + role)
+		}
+		rows, err := kit.DB.Query(t.Context(), "SELECT relname FROM pg_class WHERE relnamespace = 'carpool'::regnamespace AND relkind = 'r'")
+		if err != nil {
+			t.Fatal(err)
+		}
+		names, err := pgx.CollectRows(rows, pgx.RowTo[string])
+		if err != nil {
+			t.Fatal(err)
+		}
+		tables = len(names)
+		for _, table := range names {
+			refused("SELECT FROM carpool." + table)
+			refused("INSERT INTO carpool." + table + " DEFAULT VALUES")
+			refused("DELETE FROM carpool." + table)
+			refused("TRUNCATE carpool." + table)
+			refused("ALTER TABLE carpool." + table + " DISABLE TRIGGER ALL")
+		}
+		for _, set := range []string{"outbox SET kind = ''", "schedules SET kind = ''", "kinds SET operators = false"} {
+			refused("UPDATE carpool." + set)
+		}
+		refused("CREATE TABLE carpool.mine ()")
 	}
+	if tables < 6 {
+		t.Errorf("%d tables were tried", tables)
+	}
+}
+
+// login connects as a role of the test's own, which has no rights.
+func login(t *testing.T, kit *taskstest.Kit) (conn *pgx.Conn, role string) {
+	t.Helper()
+	u, err := url.Parse(kit.DatabaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	role = "producer_" + strings.Trim(u.Path, "/") // roles are the server's, not the database's
+	if _, err := kit.DB.Exec(t.Context(), "CREATE ROLE "+role+" LOGIN PASSWORD 'p'"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		for _, sql := range []string{"DROP OWNED BY " + role, "DROP ROLE " + role} {
+			if _, err := kit.DB.Exec(context.Background(), sql); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	u.User = url.UserPassword(role, "p")
+	conn, err = pgx.Connect(t.Context(), u.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close(context.Background()) })
+	return conn, role
 }
 
 // A producer has the rights that the README grants, and no more power than those.
@@ -416,29 +452,12 @@ func TestEnqueue_WhatIsPowerIsForOperators(t *testing.T) {
 	if err := tasks.RecordKinds(t.Context(), kit.DB, set); err != nil {
 		t.Fatal(err)
 	}
-	u := testservers.ParseURL(t, kit.DatabaseURL)
-	role := "producer_" + strings.Trim(u.Path, "/")
-	for _, sql := range []string{
-		"CREATE ROLE " + role + " LOGIN PASSWORD 'x'", "GRANT USAGE ON SCHEMA carpool TO " + role,
-		"GRANT EXECUTE ON FUNCTION carpool.enqueue TO " + role,
-	} {
+	producer, role := login(t, kit)
+	for _, sql := range []string{"GRANT USAGE ON SCHEMA carpool TO " + role, "GRANT EXECUTE ON FUNCTION carpool.enqueue TO " + role} {
 		if _, err := kit.DB.Exec(t.Context(), sql); err != nil {
 			t.Fatal(err)
 		}
 	}
-	t.Cleanup(func() {
-		for _, sql := range []string{"DROP OWNED BY " + role, "DROP ROLE " + role} {
-			if _, err := kit.DB.Exec(context.Background(), sql); err != nil {
-				t.Error(err)
-			}
-		}
-	})
-	u.User = url.UserPassword(role, "x")
-	producer, err := pgx.Connect(t.Context(), u.String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer producer.Close(context.Background())
 	enqueue := func(conn interface {
 		QueryRow(context.Context, string, ...any) pgx.Row
 	}, kind string,
@@ -469,6 +488,23 @@ func TestEnqueue_WhatIsPowerIsForOperators(t *testing.T) {
 	for _, kind := range power {
 		if err := enqueue(producer, kind); err != nil {
 			t.Errorf("%s by an operator: %v", kind, err)
+		}
+	}
+	// What docs/security.md warns of: who may write the tables needs no such leave.
+	for _, sql := range []string{"REVOKE carpool_operator FROM " + role, "GRANT INSERT ON carpool.outbox, carpool.schedules TO " + role, "GRANT SELECT ON carpool.kinds TO " + role} {
+		if _, err := kit.DB.Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := enqueue(producer, "rows:prune"); err == nil {
+		t.Error("rows:prune by one who is an operator no more, and may write the tables: no error")
+	}
+	for _, sql := range []string{
+		"INSERT INTO carpool.outbox (id, kind, payload) VALUES (gen_random_uuid(), 'rows:prune', '{}')",
+		"INSERT INTO carpool.schedules (name, cron, kind) VALUES ('a', '@daily', 'rows:prune')",
+	} {
+		if _, err := producer.Exec(t.Context(), sql); err != nil {
+			t.Errorf("%s: %v", sql, err)
 		}
 	}
 }

@@ -504,6 +504,51 @@ func TestEnqueue_EveryBuiltInKindRunsEndToEnd(t *testing.T) {
 	}
 }
 
+// docs/security.md says what a log shows of payloads: this, and nothing else.
+func TestRun_OfPayloadsNothingIsShownButHostsAndNamesOfTables(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	// Whatever is asked for, a secret is the answer.
+	rude := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		conn, _, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		_, _ = io.WriteString(conn, "HTTP/1.1 s3cret\r\n\r\n")
+		_ = conn.Close()
+	}))
+	t.Cleanup(rude.Close)
+	host := strings.TrimPrefix(rude.URL, "http://")
+	b.exec(t, "CREATE TABLE events (at date)")
+	p := b.Start(t, "OUTBOUND_ALLOW=127.0.0.1", "WEBHOOK_SECRET="+webhookSecret, "IMPORT_DIR="+t.TempDir(), "PRUNE_ALLOW=public.events", "DB_ECHO=true")
+	url := "http://user:s3cret@" + host + "/s3cret?token=s3cret#s3cret"
+	for _, c := range []struct{ kind, payload, shown string }{
+		{"csv:import", `{"source": "` + url + `", "table": "cities", "mode": "replace"}`, "http://" + host + ": the server's answer is not valid HTTP"},
+		{"csv:import", `{"source": "file:///sub/x.csv?s3cret", "table": "cities", "mode": "replace"}`, "file:///sub/x.csv: there is no such file"},
+		{"webhook:deliver", `{"url": "` + url + `", "event": "city.added", "body": {"s3cret": "s3cret"}}`, "webhook to " + host + ": the server's answer is not valid HTTP"},
+		{"rows:prune", `{"table": "secrets", "column": "s3cret", "older_than": "1d"}`, `\"public.secrets\" is not in PRUNE_ALLOW`},
+		{"rows:prune", `{"table": "events", "column": "created", "older_than": "1d"}`, `prune public.events: there is no column \"created\"`},
+	} {
+		if _, stderr, code := b.run(t, nil, "enqueue", c.kind, c.payload); code != 0 {
+			t.Fatalf("%s: exit code %d\n%s", c.payload, code, stderr)
+		}
+		p.Log.Wait(t, c.shown)
+	}
+	p.Signal(t, syscall.SIGTERM)
+	p.Exit(t)
+	shown := p.Log.String()
+	for _, args := range [][]string{{"archive", "ls"}, {"archive", "ls", "--json"}, {"status"}, {"status", "--json"}} {
+		stdout, stderr, _ := b.run(t, nil, args...)
+		shown += stdout + stderr
+	}
+	for line := range strings.Lines(shown) {
+		if strings.Contains(line, "s3cret") {
+			t.Errorf("a payload's content, or what a server sent, is shown: %s", line)
+		}
+	}
+}
+
 func TestEnqueue_FlagsDoWhatTheySay(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
