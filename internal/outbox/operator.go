@@ -31,8 +31,10 @@ type Filter struct {
 	Waiting, Rejected bool
 }
 
+// An infinite time, which only a hand writes, is shown as now.
 const listSQL = `SELECT id::text, kind, queue, created_at, extract(epoch FROM clock_timestamp() - created_at)::float8, problem
-		FROM carpool.outbox
+		FROM (SELECT id, seq, kind, queue, problem, CASE WHEN isfinite(created_at) THEN created_at ELSE clock_timestamp() END AS created_at
+			FROM carpool.outbox) AS o
 		WHERE ($1::text[] IS NULL OR id = ANY ($1::text[]::uuid[])) AND ($2 = '' OR kind = $2) AND ($3 = '' OR strpos(problem, $3) > 0)
 		AND ($4 AND problem IS NULL OR $5 AND problem IS NOT NULL)
 		ORDER BY seq LIMIT $6`

@@ -68,7 +68,8 @@ func begin(t *testing.T, conn *pgx.Conn) pgx.Tx {
 func take(t *testing.T, tx pgx.Tx, kinds ...string) []outbox.Row {
 	t.Helper()
 	var rows []outbox.Row
-	if err := outbox.Take(t.Context(), tx, kinds, 10, func(r outbox.Row) { rows = append(rows, r) }); err != nil {
+	all := outbox.Choice{Kinds: kinds, Limit: 10, Bytes: 1 << 20}
+	if _, err := outbox.Take(t.Context(), tx, all, func(r outbox.Taken) { rows = append(rows, r.Row) }); err != nil {
 		t.Fatal(err)
 	}
 	return rows

@@ -7,14 +7,42 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgtype/zeronull"
+
+	"github.com/carpool-go/carpool/internal/limit"
 )
 
 const (
 	beginSQL = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL idle_in_transaction_session_timeout = '15s'"
 
-	takeSQL = `SELECT id::text, kind, payload::text, queue, unique_key, run_at, max_retry,
+	// takeSQL chooses rows by the sizes of their payloads, and reads a payload, and makes it
+	// text, as the last step and for those rows alone. ORDER BY and OFFSET keep that step
+	// apart from the sorts before it.
+	//
+	// What a row that is not to become a job holds is not read, since it may be of any size.
+	takeSQL = `WITH locked AS MATERIALIZED (
+			SELECT seq, id, kind, payload, payload_size, queue, unique_key, run_at, max_retry, timeout, retention,
+				CASE
+				WHEN payload_size > ` + limit.SQL + ` THEN ''
+				WHEN run_at = 'infinity' THEN 'run_at: is infinity, a time that never comes'
+				WHEN octet_length(queue) > 100 THEN 'queue: has more than 100 bytes'
+				WHEN octet_length(unique_key) > 1000 THEN 'unique_key: has more than 1000 bytes'
+				END AS wrong
+			FROM carpool.outbox
+			WHERE problem IS NULL AND kind = ANY ($1) AND id <> ALL ($2::text[]::uuid[]) AND ($3::text = '' OR id = nullif($3, '')::uuid)
+			ORDER BY seq LIMIT $4 FOR UPDATE SKIP LOCKED),
+		sized AS (
+			SELECT *, count(*) OVER () AS locked,
+				seq = min(seq) FILTER (WHERE wrong IS NULL) OVER () AS oldest,
+				sum(payload_size) FILTER (WHERE wrong IS NULL) OVER (ORDER BY payload_size, seq) AS total
+			FROM locked),
+		chosen AS (SELECT * FROM sized WHERE wrong IS NOT NULL OR oldest OR total <= $5 ORDER BY seq OFFSET 0)
+		SELECT locked, wrong, payload_size, coalesce(` + limit.SQL + `, 0), id::text, kind,
+			CASE WHEN wrong IS NULL THEN payload::text END,
+			CASE WHEN wrong IS NULL THEN queue END,
+			CASE WHEN wrong IS NULL THEN unique_key END,
+			CASE WHEN isfinite(run_at) THEN run_at END, max_retry,
 			extract(epoch FROM timeout)::float8, extract(epoch FROM retention)::float8
-		FROM carpool.outbox WHERE problem IS NULL AND kind = ANY ($1) ORDER BY seq LIMIT $2 FOR UPDATE SKIP LOCKED`
+		FROM chosen`
 
 	deleteSQL = `DELETE FROM carpool.outbox WHERE id = ANY ($1::text[]::uuid[])`
 
@@ -28,29 +56,68 @@ func Begin(ctx context.Context, conn *pgx.Conn) (pgx.Tx, error) {
 	return conn.BeginTx(ctx, pgx.TxOptions{BeginQuery: beginSQL})
 }
 
-// Take locks the first rows that wait, limit at most, of the given kinds, and passes each
-// to use while it reads them, so that only those are in memory that use still works on.
-// Rows that another relay has locked are passed over.
-func Take(ctx context.Context, tx pgx.Tx, kinds []string, limit int, use func(Row)) error {
-	rows, err := tx.Query(ctx, takeSQL, kinds, limit)
-	if err != nil {
-		return err
-	}
-	defer rows.Close()
-	for rows.Next() {
-		var r Row
-		var timeout, retention zeronull.Float8
-		if err := rows.Scan(&r.ID, &r.Kind, &r.Payload, (*zeronull.Text)(&r.Queue), (*zeronull.Text)(&r.UniqueKey),
-			(*zeronull.Timestamptz)(&r.RunAt), &r.MaxRetry, &timeout, &retention); err != nil {
-			return err
-		}
-		r.Timeout, r.Retention = seconds(float64(timeout)), seconds(float64(retention))
-		use(r)
-	}
-	return rows.Err()
+// Choice says which of the rows that wait are taken.
+type Choice struct {
+	Kinds []string // of these kinds
+	// Except are ids of rows to be left alone. Only, if it isn't "", is the id of the one row
+	// to be taken.
+	Except []string
+	Only   string
+	// Limit is how many rows are locked at most, the first ones. Of these the smallest are
+	// taken until their payloads have Bytes together, and the oldest in any case.
+	Limit, Bytes int
 }
 
-func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }
+// Taken is a row that a relay has locked.
+type Taken struct {
+	Row
+	// Size is how many bytes the payload has, as Postgres writes it.
+	Size int
+	// Problem is why the row can't become a job, whatever its kind: it is above the limit of
+	// package limit, or has an option that makes no sense. Then its payload, queue and
+	// unique key were not read. "" is none.
+	Problem string
+}
+
+// Take locks rows that wait, and passes each to use while it reads them, so that only those
+// are in memory that use still works on. Rows that another relay has locked are passed over.
+// It reports whether there may be more rows of the same choice.
+func Take(ctx context.Context, tx pgx.Tx, c Choice, use func(Taken)) (more bool, err error) {
+	rows, err := tx.Query(ctx, takeSQL, c.Kinds, append([]string{}, c.Except...), c.Only, c.Limit, c.Bytes)
+	if err != nil {
+		return false, err
+	}
+	defer rows.Close()
+	taken, locked := 0, 0
+	for rows.Next() {
+		var r Taken
+		var wrong *string
+		var most int
+		var timeout, retention zeronull.Float8
+		if err := rows.Scan(&locked, &wrong, &r.Size, &most, &r.ID, &r.Kind, &r.Payload, (*zeronull.Text)(&r.Queue), (*zeronull.Text)(&r.UniqueKey),
+			(*zeronull.Timestamptz)(&r.RunAt), &r.MaxRetry, &timeout, &retention); err != nil {
+			return false, err
+		}
+		r.Timeout, r.Retention = seconds(float64(timeout)), seconds(float64(retention))
+		switch {
+		case wrong == nil:
+		case *wrong != "":
+			r.Problem = *wrong
+		default:
+			r.Problem = fmt.Sprintf("%s payload: %v", r.Kind, &limit.Error{Size: r.Size, Most: most})
+		}
+		taken++
+		use(r)
+	}
+	return taken < locked || locked == c.Limit, rows.Err()
+}
+
+// seconds is a number of seconds of Postgres', of which an interval may have more than a
+// [time.Duration], or infinitely many: then it is 31 years.
+func seconds(s float64) time.Duration {
+	const most = 1e9
+	return time.Duration(max(-most, min(s, most)) * float64(time.Second))
+}
 
 // Rejection is a row that can't become a job, and why.
 type Rejection struct {

@@ -19,7 +19,7 @@ type Stats struct {
 }
 
 const statsSQL = `SELECT count(*) FILTER (WHERE problem IS NULL), count(*) FILTER (WHERE problem IS NOT NULL),
-		coalesce(extract(epoch FROM clock_timestamp() - min(created_at) FILTER (WHERE problem IS NULL)), 0)::float8
+		coalesce(extract(epoch FROM clock_timestamp() - min(created_at) FILTER (WHERE problem IS NULL AND isfinite(created_at))), 0)::float8
 		FROM carpool.outbox`
 
 // ReadStats counts the rows.

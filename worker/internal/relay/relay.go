@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"math/rand/v2"
 	"runtime/debug"
 	"slices"
@@ -45,6 +46,7 @@ type Relay struct {
 	woken           bool      // a notification has come since the last move began
 	tidied          time.Time // when tidy was last called
 	toldUnknown     []string  // the kinds that warnOfUnknown has logged
+	held            held
 	load            load
 	markCaughtUp    func()
 }
@@ -71,8 +73,11 @@ type Config struct {
 const (
 	// batchSize is how many rows are locked and moved in one transaction.
 	batchSize = 500
-	// atOnce is how many of a batch's rows are on their way to Redis at once. So many
-	// failures in one batch are taken for an outage of Redis.
+	// batchBytes is how many bytes the payloads of a batch have together, unless a single
+	// one has more: what the relay holds of payloads is a few times as much.
+	batchBytes = 4 << 20
+	// atOnce is how many of a batch's rows are on their way to Redis at once. After so many
+	// failures the rest of a batch is left out.
 	atOnce = 16
 	// poll is how often a relay looks for rows without having been notified, because
 	// notifications may be lost, and all are behind a pooler if ThroughPooler is false.
@@ -87,6 +92,8 @@ const (
 	// whole time, during which other relays can't have its rows.
 	redisTimeout = 4 * time.Second
 	batchTimeout = 10 * time.Second
+	// aloneTimeout bounds the time with Redis of a row that is tried alone.
+	aloneTimeout = 7 * time.Second
 	// stopGrace is what a batch may still take when the relay stops.
 	stopGrace = 2 * time.Second
 	// tidyEvery is how often rows of unknown kinds are looked for, to be readmitted,
@@ -116,6 +123,7 @@ func New(cfg Config) (*Relay, error) {
 	caughtUp := make(chan struct{})
 	r := &Relay{
 		cfg: cfg, connConfig: pool.ConnConfig, kinds: cfg.Tasks.Kinds(),
+		held:     make(held),
 		caughtUp: caughtUp, markCaughtUp: sync.OnceFunc(func() { close(caughtUp) }),
 		postgres: outage{log: cfg.Log, server: "Postgres"},
 		redis:    outage{log: cfg.Log, server: "Redis"},
@@ -184,13 +192,13 @@ func (r *Relay) session(ctx context.Context) error {
 			r.tidied = time.Now()
 		}
 		r.woken = false
-		b, err := r.move(ctx, conn)
+		b, err := r.moveNext(ctx, conn)
 		if err != nil {
 			return fmt.Errorf("move the outbox: %w", err)
 		}
 		r.postgres.end()
 		if b.redisErr != nil {
-			if pause := r.redis.note(b.redisErr); len(b.moved) == 0 || b.rows < batchSize {
+			if pause := r.redis.note(b.redisErr); len(b.moved) == 0 || !b.more {
 				_ = wait.For(ctx, pause)
 			}
 			continue
@@ -202,10 +210,12 @@ func (r *Relay) session(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if again || b.rows == batchSize {
+		if again || b.more {
 			continue
 		}
-		r.markCaughtUp()
+		if !r.held.undecided() {
+			r.markCaughtUp()
+		}
 		if err := r.awaitRows(ctx, conn); err != nil {
 			return err
 		}
@@ -231,9 +241,10 @@ const listenSQL = `SET tcp_keepalives_idle = 15; SET tcp_keepalives_interval = 5
 // awaitRows returns when a notification has come since the last move began, or it is
 // time to look for rows without one.
 func (r *Relay) awaitRows(ctx context.Context, conn *pgx.Conn) error {
+	next := r.held.untilNext(r.cfg.PollEvery)
 	switch {
 	case r.cfg.DB.ThroughPooler:
-		_ = wait.For(ctx, r.cfg.PollEvery)
+		_ = wait.For(ctx, next)
 		return nil
 	case r.woken:
 		return nil
@@ -241,7 +252,7 @@ func (r *Relay) awaitRows(ctx context.Context, conn *pgx.Conn) error {
 		_ = wait.For(ctx, pollBusy)
 		return nil
 	}
-	waitCtx, cancel := context.WithTimeout(ctx, r.cfg.PollEvery)
+	waitCtx, cancel := context.WithTimeout(ctx, next)
 	defer cancel()
 	if err := conn.PgConn().WaitForNotification(waitCtx); err != nil && waitCtx.Err() == nil {
 		return fmt.Errorf("wait for notifications: %w", err)
@@ -288,18 +299,40 @@ func (r *Relay) followLoad(ctx context.Context, conn *pgx.Conn, rows int) (again
 // batch says what became of the rows of one transaction.
 type batch struct {
 	rows int
+	more bool // there may be more rows to move at once
 
 	mu          sync.Mutex // guards what the rows' goroutines write
-	failures    int        // rows that Redis did not take
-	redisErr    error      // the last of their errors
+	failed      []failure  // rows that Redis did not take
+	redisErr    error      // the last of their errors; nil if the fault is the rows'
 	moved       []string   // ids of those whose jobs Redis has, or need not have
 	rejected    []outbox.Rejection
 	afterCommit []func() // logs what has then become of them
 }
 
+// moveNext moves the next batch, and then one of the rows that are held, if no others wait.
+func (r *Relay) moveNext(ctx context.Context, conn *pgx.Conn) (*batch, error) {
+	all := outbox.Choice{Kinds: r.kinds, Except: r.held.ids(), Limit: batchSize, Bytes: batchBytes}
+	b, err := r.move(ctx, conn, all)
+	if err != nil || b.redisErr != nil || b.more {
+		return b, err
+	}
+	id, due := r.held.next()
+	if !due {
+		return b, nil
+	}
+	alone, err := r.move(ctx, conn, outbox.Choice{Kinds: r.kinds, Only: id, Limit: 1, Bytes: batchBytes})
+	if err != nil {
+		return nil, err
+	}
+	r.held.forget(id, alone)
+	alone.rows += b.rows
+	alone.more = true // it is time to look for others again
+	return alone, nil
+}
+
 // move locks rows, moves them to Redis and deletes them. Its error is that of
 // Postgres.
-func (r *Relay) move(ctx context.Context, conn *pgx.Conn) (*batch, error) {
+func (r *Relay) move(ctx context.Context, conn *pgx.Conn, which outbox.Choice) (*batch, error) {
 	work, cancel := context.WithTimeout(context.WithoutCancel(ctx), batchTimeout)
 	defer cancel()
 	defer context.AfterFunc(ctx, func() { time.AfterFunc(stopGrace, cancel) })()
@@ -310,8 +343,11 @@ func (r *Relay) move(ctx context.Context, conn *pgx.Conn) (*batch, error) {
 	defer tx.Rollback(work)
 
 	b := new(batch)
-	if err := r.enqueueRows(ctx, work, tx, b); err != nil {
+	if err := r.enqueueRows(ctx, work, tx, which, b); err != nil {
 		return nil, err
+	}
+	if b.redisErr != nil {
+		r.hold(work, b)
 	}
 	if len(b.moved)+len(b.rejected) > 0 {
 		if err := outbox.Finish(work, tx, b.moved, b.rejected); err != nil {
@@ -329,10 +365,14 @@ func (r *Relay) move(ctx context.Context, conn *pgx.Conn) (*batch, error) {
 
 // enqueueRows locks rows and enqueues their jobs while it reads them, so that it
 // holds no more payloads than are on their way. It enqueues no more when ctx ends,
-// or when atOnce rows have failed, because then Redis is at fault and not the rows.
-// Rows that it leaves out stay in the outbox.
-func (r *Relay) enqueueRows(ctx, work context.Context, tx pgx.Tx, b *batch) error {
-	redisCtx, cancel := context.WithTimeout(work, redisTimeout)
+// or when atOnce rows have failed, because then Redis may be away. Rows that it leaves
+// out stay in the outbox.
+func (r *Relay) enqueueRows(ctx, work context.Context, tx pgx.Tx, which outbox.Choice, b *batch) (err error) {
+	timeout := redisTimeout
+	if which.Only != "" {
+		timeout = aloneTimeout
+	}
+	redisCtx, cancel := context.WithTimeout(work, timeout)
 	defer cancel()
 	var jobs sync.WaitGroup
 	defer jobs.Wait()
@@ -340,24 +380,35 @@ func (r *Relay) enqueueRows(ctx, work context.Context, tx pgx.Tx, b *batch) erro
 	// A client lists each queue once, in Redis' set of queues. A Redis that lost its data has
 	// forgotten it, so each batch has a client of its own.
 	client := tasks.NewClient(r.cfg.Redis)
-	return outbox.Take(work, tx, r.kinds, batchSize, func(row outbox.Row) {
+	client.MaxPayload = math.MaxInt // Take has judged by the size that the outbox knows
+	leftOut := false
+	b.more, err = outbox.Take(work, tx, which, func(row outbox.Taken) {
 		b.rows++
+		if row.Problem != "" {
+			b.mu.Lock()
+			defer b.mu.Unlock()
+			b.reject(row, row.Problem, r.cfg.Log)
+			return
+		}
 		slots <- struct{}{}
 		b.mu.Lock()
-		giveUp := ctx.Err() != nil || b.failures >= atOnce
+		giveUp := ctx.Err() != nil || len(b.failed) >= atOnce
 		b.mu.Unlock()
 		if giveUp {
 			<-slots
+			leftOut = true
 			return
 		}
 		jobs.Go(func() {
 			defer func() { <-slots }()
-			err := r.enqueueRow(redisCtx, client, row)
+			err := r.enqueueRow(redisCtx, client, row.Row)
 			b.mu.Lock()
 			defer b.mu.Unlock()
 			b.record(row, err, r.cfg.Log)
 		})
 	})
+	b.more = b.more || leftOut
+	return err
 }
 
 // enqueueRow enqueues a row's job. The error is a [tasks.DuplicateError], a
@@ -391,7 +442,8 @@ func (r *Relay) enqueueRow(ctx context.Context, client *tasks.Client, row outbox
 }
 
 // record decides what becomes of a row whose enqueueing ended with err.
-func (b *batch) record(row outbox.Row, err error, log *slog.Logger) {
+func (b *batch) record(row outbox.Taken, err error, log *slog.Logger) {
+	row.Payload = nil // it is kept no longer than it is on its way
 	duplicate, isDuplicate := errors.AsType[*tasks.DuplicateError](err)
 	switch {
 	case err == nil:
@@ -402,15 +454,22 @@ func (b *batch) record(row outbox.Row, err error, log *slog.Logger) {
 			log.Info("a job of the outbox was dropped: another one holds its unique key", "job_id", row.ID, "kind", row.Kind, "held_by", duplicate.ID)
 		})
 	case tasks.IsPermanent(err):
-		problem := pgtext.Clean(err.Error())
-		b.rejected = append(b.rejected, outbox.Rejection{ID: row.ID, Problem: problem})
-		b.afterCommit = append(b.afterCommit, func() {
-			log.Warn("a row of the outbox can't become a job, and was set aside", "job_id", row.ID, "kind", row.Kind, "problem", problem)
-		})
+		b.reject(row, err.Error(), log)
+	case isTooLarge.MatchString(err.Error()):
+		b.reject(row, fmt.Sprintf("Redis does not take the %d bytes of its payload: %v", row.Size, err), log)
 	default:
-		b.failures++
+		b.failed = append(b.failed, failure{row, err})
 		b.redisErr = err
 	}
+}
+
+// reject sets a row aside.
+func (b *batch) reject(row outbox.Taken, problem string, log *slog.Logger) {
+	problem = pgtext.Clean(problem)
+	b.rejected = append(b.rejected, outbox.Rejection{ID: row.ID, Problem: problem})
+	b.afterCommit = append(b.afterCommit, func() {
+		log.Warn("a row of the outbox can't become a job, and was set aside", "job_id", row.ID, "kind", row.Kind, "problem", problem)
+	})
 }
 
 // tidy readmits rejected rows whose kind is known here, and rejects those whose

@@ -141,7 +141,13 @@ func (o *outboxBundle) exec(t testing.TB, sql string, args ...any) {
 // sorted.
 func (o *outboxBundle) enqueue(t testing.TB, n int) []string {
 	t.Helper()
-	rows, err := o.db.Query(t.Context(), `SELECT carpool.enqueue('note:take', jsonb_build_object('text', 'note ' || n)) FROM generate_series(1, $1) AS n`, n)
+	return o.enqueueBy(t, `SELECT carpool.enqueue('note:take', jsonb_build_object('text', 'note ' || n)) FROM generate_series(1, $1) AS n`, n)
+}
+
+// enqueueBy returns the ids that a query returns, sorted.
+func (o *outboxBundle) enqueueBy(t testing.TB, sql string, args ...any) []string {
+	t.Helper()
+	rows, err := o.db.Query(t.Context(), sql, args...)
 	if err != nil {
 		t.Fatal(err)
 	}
