@@ -15,6 +15,7 @@ import (
 
 	"github.com/carpool-go/carpool/internal/asynqwire"
 	"github.com/carpool-go/carpool/internal/instance"
+	"github.com/carpool-go/carpool/internal/limit"
 	"github.com/carpool-go/carpool/internal/reason"
 	"github.com/carpool-go/carpool/internal/unique"
 )
@@ -22,6 +23,11 @@ import (
 // Client enqueues jobs, and waits for them or cancels them. It is safe for concurrent use.
 // The zero Client has no Redis: it can do [Client.EnqueueTx], and nothing else.
 type Client struct {
+	// MaxPayload is how many bytes of JSON a payload may have; 0 means [DefaultMaxPayload].
+	// It is set before the client is used. A worker's own client has what its setting
+	// MAX_PAYLOAD says; the database has a limit too, see [Client.EnqueueTx].
+	MaxPayload int
+
 	asynq     *asynq.Client
 	inspector *asynq.Inspector
 	locks     *unique.Locks
@@ -30,8 +36,14 @@ type Client struct {
 // NewClient returns a client that enqueues through rdb, which [OpenRedis] makes. The
 // caller closes rdb when the client is no longer used; the client itself is not closed.
 func NewClient(rdb redis.UniversalClient) *Client {
-	return &Client{asynq.NewClientFromRedisClient(rdb), asynq.NewInspectorFromRedisClient(rdb), unique.NewLocks(rdb)}
+	return &Client{
+		asynq: asynq.NewClientFromRedisClient(rdb), inspector: asynq.NewInspectorFromRedisClient(rdb), locks: unique.NewLocks(rdb),
+	}
 }
+
+// DefaultMaxPayload is how many bytes of JSON a payload, or a result, may have where
+// nothing else is said.
+const DefaultMaxPayload = limit.Default
 
 // EnqueueOptions say how one job is delivered, where that differs from its kind's
 // [Options]. The zero value overrides nothing.
@@ -68,10 +80,11 @@ type EnqueueOptions struct {
 // job. When it fails because Redis did not answer, the job may be there or not; an
 // [EnqueueOptions.ID] makes it safe to try again.
 //
-// The error is a [PayloadError] for a payload that is not valid, a [DuplicateError] for a
-// unique key that is held, one for an ID or a queue that can't be used, or Redis'.
+// The error is a [PayloadError] for a payload that is not valid, or too large, a
+// [DuplicateError] for a unique key that is held, one for an ID or a queue that can't be
+// used, or Redis'.
 func (c *Client) Enqueue(ctx context.Context, p Payload, opts *EnqueueOptions) (*Info, error) {
-	data, err := encode(p)
+	data, err := c.encode(p)
 	if err != nil {
 		return nil, err
 	}
@@ -137,14 +150,18 @@ func (c *Client) Enqueue(ctx context.Context, p Payload, opts *EnqueueOptions) (
 	return infoOf(info), nil
 }
 
-// encode returns the JSON of a payload that is valid. Its error is that of enqueueing it.
-func encode(p Payload) ([]byte, error) {
+// encode returns the JSON of a payload that is valid, and not too large. Its error is that
+// of enqueueing it.
+func (c *Client) encode(p Payload) ([]byte, error) {
 	if err := p.Validate(); err != nil {
 		return nil, fmt.Errorf("tasks: enqueue: %w", Permanent(&PayloadError{p.Kind(), err}))
 	}
 	data, err := json.Marshal(p)
 	if err != nil {
 		return nil, fmt.Errorf("tasks: enqueue %s: %w", p.Kind(), err)
+	}
+	if err := limit.Check(len(data), c.MaxPayload); err != nil {
+		return nil, fmt.Errorf("tasks: enqueue: %w, or Client.MaxPayload in Go", Permanent(&PayloadError{p.Kind(), err}))
 	}
 	return data, nil
 }

@@ -27,9 +27,9 @@ type TxHandler[P Payload, R any] func(ctx context.Context, job *Job, tx pgx.Tx, 
 func RegisterTx[P Payload, R any](s *Set, h TxHandler[P, R]) {
 	t := register[P](s)
 	t.Once = true
-	t.run = func(ctx context.Context, job *Job, p Payload) (any, error) {
+	t.run = func(ctx context.Context, job *Job, p Payload) ([]byte, error) {
 		return job.doOnce(ctx, func(tx pgx.Tx) ([]byte, error) {
-			return marshalResult(h(ctx, job, tx, p.(P)))
+			return job.marshalResult(h(ctx, job, tx, p.(P)))
 		})
 	}
 }
@@ -37,20 +37,29 @@ func RegisterTx[P Payload, R any](s *Set, h TxHandler[P, R]) {
 // RegisterOnce adds a task whose effects happen once to s, and panics as [Register] does.
 // Its handler works for a while without the database, and then has its effects in the
 // transaction of [Once], which it must call before it returns without an error. A job
-// that is delivered again after that has the recorded result, and no handler is called.
+// that is delivered again after that has the recorded result, and no handler is called. That
+// is the result too if what the handler returns can't be one, because the job is done by then.
 func RegisterOnce[P Payload, R any](s *Set, h Handler[P, R]) {
 	t := register[P](s)
 	t.Once = true
-	t.run = func(ctx context.Context, job *Job, p Payload) (any, error) {
-		result, done, err := job.delivery().Look(ctx)
+	t.run = func(ctx context.Context, job *Job, p Payload) ([]byte, error) {
+		recorded, done, err := job.delivery().Look(ctx)
 		if err != nil || done {
-			return result, err
+			return recorded, err
 		}
 		r, err := h(ctx, job, p.(P))
-		if err == nil && !job.delivery().Recorded() {
+		if err != nil {
+			return nil, err
+		}
+		if !job.delivery().Recorded() {
 			return nil, Permanent(errors.New("the handler returned without having called tasks.Once"))
 		}
-		return r, err
+		result, err := job.marshalResult(r, nil)
+		if err != nil {
+			job.Log.Warn("the job is done, but its result is the one that tasks.Once has recorded", "error", err)
+			return job.recorded, nil
+		}
+		return result, nil
 	}
 }
 
@@ -64,7 +73,7 @@ func RegisterOnce[P Payload, R any](s *Set, h Handler[P, R]) {
 func Once[R any](ctx context.Context, job *Job, fn func(tx pgx.Tx) (R, error)) (R, error) {
 	var result R
 	data, err := job.doOnce(ctx, func(tx pgx.Tx) ([]byte, error) {
-		return marshalResult(fn(tx))
+		return job.marshalResult(fn(tx))
 	})
 	if err == nil && data != nil {
 		if err := json.Unmarshal(data, &result); err != nil {
@@ -91,6 +100,9 @@ func (j *Job) delivery() *once.Job {
 // doOnce is [Once] with the result as JSON, nil for none.
 func (j *Job) doOnce(ctx context.Context, fn func(tx pgx.Tx) ([]byte, error)) (json.RawMessage, error) {
 	result, err := j.delivery().Do(ctx, fn)
+	if err == nil {
+		j.recorded = result
+	}
 	if _, ok := errors.AsType[*once.MisuseError](err); ok {
 		err = Permanent(err)
 	}

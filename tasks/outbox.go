@@ -28,16 +28,17 @@ import (
 // holds it then, this one is dropped. An [EnqueueOptions.ID] is refused, because the
 // outbox makes the ids.
 //
-// The error is a [PayloadError] for a payload that is not valid, or one for an ID or a
-// queue that can't be used, which leave tx as it was; or Postgres', which aborts tx. What
-// carpool.enqueue refuses is a [pgconn.PgError] with the code 22023
-// ([pgerrcode.InvalidParameterValue]), or 42501 ([pgerrcode.InsufficientPrivilege]) for a
-// kind that is for operators; see [SQL].
+// The error is a [PayloadError] for a payload that is not valid, or above MaxPayload, or
+// one for an ID or a queue that can't be used, which leave tx as it was; or Postgres', which aborts tx. What
+// carpool.enqueue refuses, such as a payload above the limit that the workers have written
+// to the database, as Postgres writes it, with a space after each comma and colon, is a
+// [pgconn.PgError] with the code 22023 ([pgerrcode.InvalidParameterValue]), or 42501
+// ([pgerrcode.InsufficientPrivilege]) for a kind that is for operators; see [SQL].
 func (c *Client) EnqueueTx(ctx context.Context, tx interface {
 	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
 }, p Payload, opts *EnqueueOptions,
 ) (id string, err error) {
-	data, err := encode(p)
+	data, err := c.encode(p)
 	if err != nil {
 		return "", err
 	}

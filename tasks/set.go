@@ -16,6 +16,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/carpool-go/carpool/internal/instance"
+	"github.com/carpool-go/carpool/internal/limit"
 )
 
 // Set holds the kinds of job that a worker can run. The zero value is empty and
@@ -91,7 +92,7 @@ type Task struct {
 	Once bool
 
 	decode func([]byte) (Payload, error)
-	run    func(context.Context, *Job, Payload) (any, error)
+	run    func(context.Context, *Job, Payload) (result []byte, err error)
 }
 
 // Field describes one field of a payload.
@@ -113,8 +114,8 @@ type Field struct {
 // registered already, one whose queue is a worker's own, or a payload that is not a struct.
 func Register[P Payload, R any](s *Set, h Handler[P, R]) {
 	t := register[P](s)
-	t.run = func(ctx context.Context, job *Job, p Payload) (any, error) {
-		return h(ctx, job, p.(P))
+	t.run = func(ctx context.Context, job *Job, p Payload) ([]byte, error) {
+		return job.marshalResult(h(ctx, job, p.(P)))
 	}
 }
 
@@ -202,31 +203,44 @@ func placeOfPanic() string {
 }
 
 // Run calls the handler with a payload from [Task.Decode] and returns its result as JSON,
-// nil for no result. The error is the handler's, or a permanent
-// one for a result that can't be JSON; a panic of the handler is passed on. A worker calls
-// it, and package taskstest.
+// nil for no result. The error is the handler's, or a permanent one for a result that can't
+// be JSON, or is too large; a panic of the handler is passed on. A worker calls it, and
+// package taskstest.
 func (t *Task) Run(ctx context.Context, job *Job, p Payload) ([]byte, error) {
 	delivery := job.delivery()
 	delivery.Isolation = t.Options.Isolation
 	delivery.Again()
-	return marshalResult(t.run(ctx, job, p))
+	return t.run(ctx, job, p)
 }
 
-func marshalResult(result any, err error) ([]byte, error) {
+// marshalResult returns a handler's result as JSON, nil for none, or the handler's error.
+// That of a result itself is permanent.
+func (j *Job) marshalResult(result any, err error) ([]byte, error) {
 	if err != nil || result == nil {
 		return nil, err
 	}
-	if raw, ok := result.(json.RawMessage); ok {
-		if raw != nil && (!json.Valid(raw) || !utf8.Valid(raw)) {
-			return nil, Permanent(errors.New("the handler's result is a json.RawMessage that is not JSON in UTF-8"))
+	data, isRaw := result.(json.RawMessage)
+	switch {
+	case !isRaw:
+		if data, err = json.Marshal(result); err != nil {
+			return nil, Permanent(fmt.Errorf("the handler's result can't be written as JSON: %w", err))
 		}
-		return raw, nil
+	case data != nil && (!json.Valid(data) || !utf8.Valid(data)):
+		return nil, Permanent(errors.New("the handler's result is a json.RawMessage that is not JSON in UTF-8"))
 	}
-	data, err := json.Marshal(result)
-	if err != nil {
-		return nil, Permanent(fmt.Errorf("the handler's result can't be written as JSON: %w", err))
+	if err := j.checkSize(data); err != nil {
+		return nil, Permanent(fmt.Errorf("the handler's result: %w", err))
 	}
 	return data, nil
+}
+
+// checkSize returns an error for JSON that is too large for the job's result.
+func (j *Job) checkSize(data []byte) error {
+	most := 0
+	if j.Client != nil {
+		most = j.Client.MaxPayload
+	}
+	return limit.Check(len(data), most)
 }
 
 // Example returns a payload as one line of JSON, made of its fields' examples. It is valid

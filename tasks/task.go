@@ -64,7 +64,8 @@ type Payload interface {
 // Handler does the work of one kind of job. The payload is decoded and valid, and ctx
 // ends when [Options.Timeout] is over, when the job is cancelled, or when its worker has
 // to stop. What it returns is kept as the job's result, as JSON, for [Options.Retention];
-// a [json.RawMessage] is JSON already, and nil, if R is any, is no result.
+// a [json.RawMessage] is JSON already, and nil, if R is any, is no result. One that can't be
+// JSON, or has more bytes than MAX_PAYLOAD allows, is the job's permanent failure.
 //
 // A returned error means another try, unless it came from [Permanent], [RetryAfter] or
 // [Snooze]. Its text is logged and kept with the job, so it must not hold the payload's
@@ -162,6 +163,8 @@ type Job struct {
 	WriteResult func([]byte) error
 
 	once *once.Job // of a transactional task
+	// recorded is the result in the job's record, once it has one; nil for none.
+	recorded json.RawMessage
 
 	mu       sync.Mutex
 	reported time.Time
@@ -173,8 +176,8 @@ const progressEvery = time.Second
 // Progress shows v, as JSON {"progress": v}, where the job's result will be: in the
 // monitor, in the command enqueue --wait, and to [Client.Wait]. It writes at most once a
 // second, and the other calls cost nothing, so it may be called for every row. The error
-// is Redis', the end of ctx, or that v can't be JSON; most handlers pass over it, because
-// the work itself goes on.
+// is Redis', the end of ctx, or that v can't be JSON or is too large for a result; most
+// handlers pass over it, because the work itself goes on.
 func (j *Job) Progress(ctx context.Context, v any) error {
 	if j.WriteResult == nil {
 		return nil
@@ -188,6 +191,9 @@ func (j *Job) Progress(ctx context.Context, v any) error {
 		return fmt.Errorf("tasks: progress: %w", context.Cause(ctx))
 	}
 	data, err := json.Marshal(map[string]any{"progress": v})
+	if err == nil {
+		err = j.checkSize(data)
+	}
 	if err != nil {
 		return fmt.Errorf("tasks: progress: %w", err)
 	}

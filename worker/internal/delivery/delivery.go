@@ -19,7 +19,7 @@ import (
 	"github.com/carpool-go/carpool/tasks"
 )
 
-// Config is what a [Delivery] works with. All fields are required.
+// Config is what a [Delivery] works with. All fields but MaxPayload are required.
 type Config struct {
 	Tasks *tasks.Set
 	Redis redis.UniversalClient
@@ -35,6 +35,8 @@ type Config struct {
 	// share them.
 	Concurrency, Fetchers int
 	ShutdownTimeout       time.Duration
+	// MaxPayload is that of the client that handlers get; see [tasks.Client].
+	MaxPayload int
 	// BaseContext is the parent of the contexts of jobs.
 	BaseContext context.Context
 	Log         *slog.Logger
@@ -52,8 +54,10 @@ type Delivery struct {
 func New(cfg Config) *Delivery {
 	breaker := newBreaker(cfg.DB, cfg.Concurrency, cfg.Log)
 	ending, end := context.WithCancelCause(context.Background())
+	client := tasks.NewClient(cfg.Redis)
+	client.MaxPayload = cfg.MaxPayload
 	executor := &Executor{
-		tasks: cfg.Tasks, rdb: cfg.Redis, client: tasks.NewClient(cfg.Redis), locks: unique.NewLocks(cfg.Redis),
+		tasks: cfg.Tasks, rdb: cfg.Redis, client: client, locks: unique.NewLocks(cfg.Redis),
 		inspector: asynq.NewInspectorFromRedisClient(cfg.Redis),
 		db:        cfg.DB, breaker: breaker, acks: newAckHook(), log: cfg.Log, ending: ending, end: end,
 	}
