@@ -77,7 +77,7 @@ const (
 
 // Validate reports everything that is wrong with the entry, joined by [errors.Join]. Each
 // error begins with the name of the field as it is called in carpool.schedules. Whether a
-// worker knows the kind, it can't tell.
+// worker knows the kind, and how large payloads may be, it can't tell.
 func (e Entry) Validate() error {
 	var faults []error
 	add := func(format string, args ...any) { faults = append(faults, fmt.Errorf(format, args...)) }

@@ -23,6 +23,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/dbpool"
+	"github.com/carpool-go/carpool/internal/limit"
 	"github.com/carpool-go/carpool/internal/wait"
 	"github.com/carpool-go/carpool/tasks"
 )
@@ -42,6 +43,9 @@ type Config struct {
 	// carpool.schedules at the start, unless the table has another entry of the
 	// same name, which then counts.
 	Entries []Entry
+	// MaxPayload is how many bytes of JSON the payload of one of Entries may have; 0 means
+	// [tasks.DefaultMaxPayload].
+	MaxPayload int
 	// Log gets what can't be run, what was left out, and when Postgres is away.
 	Log *slog.Logger
 
@@ -88,6 +92,9 @@ func New(cfg Config) (*Scheduler, error) {
 		d, err := e.definition()
 		if err != nil {
 			return nil, fmt.Errorf("scheduler: entry %.100q: %w", e.Name, err)
+		}
+		if err := limit.Check(len(d.payload), cfg.MaxPayload); err != nil {
+			return nil, fmt.Errorf("scheduler: entry %.100q: payload: %w", e.Name, err)
 		}
 		code[e.Name] = d
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -16,6 +17,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/dbpool"
+	"github.com/carpool-go/carpool/internal/limit"
 	"github.com/carpool-go/carpool/internal/testservers"
 	"github.com/carpool-go/carpool/tasks"
 	"github.com/carpool-go/carpool/tasks/rowsprune"
@@ -256,6 +258,16 @@ func TestNew_SaysWhatIsMissingOrWrong(t *testing.T) {
 			t.Errorf("%v, want %q in it", err, want)
 		}
 	}
+	large := good
+	large.Payload = Ping{To: strings.Repeat("x", 1<<20)}
+	cfg := b.config(large)
+	if _, err := New(cfg); err == nil || !strings.Contains(err.Error(), "payload: 1048585 bytes are more than the limit of 1048576, which MAX_PAYLOAD sets") {
+		t.Errorf("a payload above the limit: %.300v", err)
+	}
+	cfg.MaxPayload = 2 << 20
+	if _, err := New(cfg); err != nil {
+		t.Errorf("a payload below a larger limit: %.300v", err)
+	}
 	if _, err := New(b.config(good, good)); err == nil || !strings.Contains(err.Error(), `"a"`) {
 		t.Errorf("two entries of one name: %v", err)
 	}
@@ -487,6 +499,52 @@ func TestTable_ABadRowIsReportedAndHarmsNoOther(t *testing.T) {
 	look(t, s)
 	if jobs := b.jobs(t); jobs[3] != "mended" || b.status(t, "a-cron").Problem != "" {
 		t.Errorf("after it was mended: %v, problem %q", jobs, b.status(t, "a-cron").Problem)
+	}
+}
+
+// The limit may be another one than it was when the entries were written.
+func TestTable_APayloadAboveTheLimitIsReportedAndHarmsNoOther(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	minutely := func(name string, size int) Entry {
+		return Entry{Name: name, Cron: "* * * * *", Payload: Ping{To: name + strings.Repeat("x", size)}}
+	}
+	if err := limit.Record(t.Context(), b.DB, 2000); err != nil {
+		t.Fatal(err)
+	}
+	if err := Add(t.Context(), b.DB, minutely("a", 2000), false); err == nil || !strings.Contains(err.Error(), "more than the limit of 2000, which MAX_PAYLOAD sets") {
+		t.Errorf("one that is too large when it is added: %.300v", err)
+	}
+	if err := Add(t.Context(), b.DB, minutely("a", 1000), false); err != nil {
+		t.Fatal(err)
+	}
+	if err := limit.Record(t.Context(), b.DB, 500); err != nil {
+		t.Fatal(err)
+	}
+	s := b.scheduler(t, minutely("b", 0), minutely("c", 1000), minutely("d", 0))
+	b.settle(t)
+	b.pass(t, time.Minute)
+	look(t, s)
+	look(t, s)
+	if diff := cmp.Diff([]string{"b", "d"}, b.jobs(t)); diff != "" {
+		t.Error(diff)
+	}
+	if problem := b.status(t, "a").Problem; problem != "payload: 1011 bytes are more than the limit of 500, which MAX_PAYLOAD sets" {
+		t.Errorf("the problem is %q", problem)
+	}
+	if log := b.log.String(); strings.Count(log, "entry=a ") != 1 || strings.Count(log, "entry=c ") != 1 || strings.Contains(log, "xxx") {
+		t.Errorf("the log, which should have one line for each of a and c:\n%s", log)
+	}
+	if _, err := RunNow(t.Context(), b.DB, "a"); err == nil || !strings.Contains(err.Error(), "MAX_PAYLOAD") {
+		t.Errorf("run now: %.300v", err)
+	}
+	if err := limit.Record(t.Context(), b.DB, 2000); err != nil {
+		t.Fatal(err)
+	}
+	b.pass(t, time.Minute)
+	look(t, s)
+	if problem, jobs := b.status(t, "a").Problem, b.jobs(t); problem != "" || !slices.ContainsFunc(jobs, func(to string) bool { return strings.HasPrefix(to, "ax") }) {
+		t.Errorf("with a larger limit: problem %q, jobs %.300q", problem, jobs)
 	}
 }
 

@@ -46,7 +46,8 @@ func (d definition) args(source string) []any {
 // Add validates an entry and writes it to carpool.schedules; running workers take it
 // up within a second. Where another entry has its name, Add puts this one in its place
 // if replace is true, enabled or disabled as that one was; else the error wraps
-// [ErrExists]. Any other error is that of [Entry.Validate], or of Postgres.
+// [ErrExists]. Any other error is that of [Entry.Validate], or of Postgres, which refuses a
+// payload above the limit that the workers have written to it, with the code 22023.
 func Add(ctx context.Context, db *dbpool.Pool, e Entry, replace bool) error {
 	if err := e.Validate(); err != nil {
 		return fmt.Errorf("scheduler: add: %w", err)

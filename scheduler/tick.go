@@ -15,6 +15,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/internal/asynqwire"
+	"github.com/carpool-go/carpool/internal/limit"
 	"github.com/carpool-go/carpool/internal/outbox"
 	"github.com/carpool-go/carpool/internal/pgtext"
 	"github.com/carpool-go/carpool/internal/sqlstate"
@@ -32,6 +33,10 @@ func (s *Scheduler) register(ctx context.Context) error {
 	defer cancel()
 	for _, e := range s.cfg.Entries {
 		tag, err := s.cfg.DB.Exec(ctx, registerSQL, s.code[e.Name].args("code")...)
+		if isRefused(err) { // such as for the limit of a worker that has started later
+			s.cfg.Log.Warn("an entry of the code can't be written to carpool.schedules", "entry", e.Name, "problem", pgtext.Clean(err.Error()))
+			continue
+		}
 		if err != nil {
 			return fmt.Errorf("scheduler: write entry %q: %w", e.Name, err)
 		}
@@ -49,9 +54,10 @@ func (s *Scheduler) register(ctx context.Context) error {
 const forgetSQL = `DELETE FROM carpool.schedule_state AS st WHERE last_tick < now() - interval '7 days'
 	AND NOT EXISTS (SELECT FROM carpool.schedules AS s WHERE s.name = st.name)`
 
-// row is an entry with how far it is.
+// row is an entry with how far it is. The payload is "" if it is above the limit.
 type row struct {
 	definition
+	size, most         int // of the payload, in bytes, and the limit; 0 if there is none
 	enabled            bool
 	source             string
 	changedAt          time.Time
@@ -68,12 +74,14 @@ type row struct {
 // time. What it says of a job's row in the outbox is older than what Redis is asked
 // afterwards: since the row is deleted when Redis has the job, one of them has it.
 func selectRows(now, join, rest string) string {
-	return `SELECT s.name, s.cron, s.time_zone, s.kind, s.payload::text, s.queue, s.max_retry,
+	return `SELECT s.name, s.cron, s.time_zone, s.kind,
+		CASE WHEN octet_length(p.text) > ` + limit.SQL + ` THEN '' ELSE p.text END, octet_length(p.text), coalesce(` + limit.SQL + `, 0), s.queue, s.max_retry,
 		extract(epoch FROM s.timeout)::float8, extract(epoch FROM s.retention)::float8, s.missed, s.overlap,
 		s.enabled, s.source, s.changed_at, s.problem,
 		st.name IS NOT NULL, st.last_tick, st.waiting_tick, st.fired_tick, st.fired_at, st.job_id::text, st.job_queue,
 		` + outbox.IsWaiting("st.job_id") + `, ` + now + `
-	FROM carpool.schedules AS s ` + join + ` JOIN carpool.schedule_state AS st USING (name) ` + rest
+	FROM carpool.schedules AS s CROSS JOIN LATERAL (SELECT s.payload::text AS text OFFSET 0) AS p
+	` + join + ` JOIN carpool.schedule_state AS st USING (name) ` + rest
 }
 
 // selectAll reads all entries by name.
@@ -81,7 +89,7 @@ func selectAll(now string) string { return selectRows(now, "LEFT", "ORDER BY s.n
 
 func scanRow(r pgx.CollectableRow) (row, error) {
 	var w row
-	err := r.Scan(&w.name, &w.cron, &w.zone, &w.kind, &w.payload, &w.queue, &w.maxRetry, &w.timeout, &w.retention, &w.missed, &w.overlap,
+	err := r.Scan(&w.name, &w.cron, &w.zone, &w.kind, &w.payload, &w.size, &w.most, &w.queue, &w.maxRetry, &w.timeout, &w.retention, &w.missed, &w.overlap,
 		&w.enabled, &w.source, &w.changedAt, &w.problem, &w.hasState, &w.lastTick, &w.waiting, &w.firedTick, &w.firedAt, &w.jobID, &w.jobQueue,
 		&w.jobInOutbox, &w.now)
 	return w, err
@@ -122,6 +130,9 @@ func (s *Scheduler) entry(r *row) readEntry {
 }
 
 func readRow(set *tasks.Set, r *row) (schedule Schedule, queue string, unknown bool, problem string) {
+	if r.payload == "" {
+		return schedule, "", false, fmt.Sprintf("payload: %v", &limit.Error{Size: r.size, Most: r.most})
+	}
 	schedule, err := ParseSchedule(r.cron, r.zone)
 	if err != nil {
 		return schedule, "", false, pgtext.Clean(err.Error())
@@ -393,7 +404,7 @@ func carryOut(ctx context.Context, tx pgx.Tx, r *row, e readEntry, d decision) (
 }
 
 const setProblem = `UPDATE carpool.schedules SET problem = $2 WHERE name = $1 AND problem IS DISTINCT FROM $2
-	AND (cron, time_zone, kind, payload) = ($3, $4, $5, $6::jsonb)`
+	AND (cron, time_zone, kind) = ($3, $4, $5) AND ($6 = '' OR payload = nullif($6, '')::jsonb)`
 
 // noteProblem writes a problem to the entry's row, and logs it once.
 func (s *Scheduler) noteProblem(ctx context.Context, r *row, problem string) error {
