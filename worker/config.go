@@ -2,6 +2,7 @@ package worker
 
 import (
 	"cmp"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -13,6 +14,7 @@ import (
 	"github.com/carpool-go/carpool/dbpool"
 	"github.com/carpool-go/carpool/internal/asynqwire"
 	"github.com/carpool-go/carpool/internal/instance"
+	"github.com/carpool-go/carpool/internal/limit"
 	"github.com/carpool-go/carpool/outbound"
 	"github.com/carpool-go/carpool/scheduler"
 	"github.com/carpool-go/carpool/tasks"
@@ -50,6 +52,11 @@ type Config struct {
 	// ValidateEvery is the time between two validations of the pool, 1 s at least; 0 means a
 	// minute.
 	ValidateEvery time.Duration
+	// MaxPayload is how many bytes of JSON a job's payload may have, and its result, from
+	// [LeastMaxPayload] to [MostMaxPayload]; 0 means [tasks.DefaultMaxPayload]. The worker
+	// writes it to the database when it starts, for carpool.enqueue and the outbox; of
+	// several workers the one that starts last counts there.
+	MaxPayload int
 	// OutboundAllow are addresses that jobs may call although they are not public, as
 	// [outbound.New] takes them; "" is none.
 	OutboundAllow string
@@ -71,6 +78,10 @@ const (
 	MaxFetchers = 64
 	// MaxWeight is the largest weight of a queue.
 	MaxWeight = 1000
+	// LeastMaxPayload and MostMaxPayload bound [Config.MaxPayload]. A payload is in a
+	// worker's memory several times.
+	LeastMaxPayload = 1 << 10
+	MostMaxPayload  = 16 << 20
 )
 
 func (c Config) withDefaults() Config {
@@ -82,6 +93,7 @@ func (c Config) withDefaults() Config {
 	c.ShutdownTimeout = max(0, cmp.Or(c.ShutdownTimeout, 25*time.Second))
 	c.StartupTimeout = max(0, cmp.Or(c.StartupTimeout, time.Minute))
 	c.ValidateEvery = cmp.Or(c.ValidateEvery, time.Minute)
+	c.MaxPayload = cmp.Or(c.MaxPayload, tasks.DefaultMaxPayload)
 	if c.Logger == nil {
 		c.Logger = slog.Default()
 	}
@@ -124,6 +136,11 @@ func (c Config) Validate() error {
 			add("Schedules: entry %.100q: name: there are two of it", e.Name)
 		}
 		names[e.Name] = true
+		if data, err := json.Marshal(e.Payload); err != nil {
+			add("Schedules: entry %.100q: payload: %w", e.Name, err)
+		} else if err := limit.Check(len(data), c.MaxPayload); err != nil {
+			add("Schedules: entry %.100q: payload: %w", e.Name, err)
+		}
 		if set == nil {
 			continue
 		}
@@ -153,6 +170,9 @@ func (c Config) Validate() error {
 	}
 	if c.ValidateEvery < time.Second {
 		add("ValidateEvery: %s is less than 1s", c.ValidateEvery)
+	}
+	if c.MaxPayload < LeastMaxPayload || c.MaxPayload > MostMaxPayload {
+		add("MaxPayload: %d is not from %d to %d bytes", c.MaxPayload, LeastMaxPayload, MostMaxPayload)
 	}
 	if _, err := outbound.New(c.OutboundAllow); err != nil {
 		add("OutboundAllow: %w", err)

@@ -11,6 +11,7 @@ import (
 	"github.com/carpool-go/carpool/admin"
 	"github.com/carpool-go/carpool/dbpool"
 	"github.com/carpool-go/carpool/internal/instance"
+	"github.com/carpool-go/carpool/internal/limit"
 	"github.com/carpool-go/carpool/internal/schema"
 	"github.com/carpool-go/carpool/internal/startup"
 	"github.com/carpool-go/carpool/outbound"
@@ -88,6 +89,9 @@ func Run(ctx context.Context, c Config) error {
 	if err := tasks.RecordKinds(ctx, db, set); err != nil {
 		return err
 	}
+	if err := limit.Record(ctx, db, c.MaxPayload); err != nil {
+		return fmt.Errorf("worker: %w", err)
+	}
 
 	host, _ := os.Hostname()
 	name := instance.NewName(cmp.Or(c.Name, host))
@@ -95,9 +99,9 @@ func Run(ctx context.Context, c Config) error {
 	jobs := delivery.New(delivery.Config{
 		Tasks: set, Redis: rdb, ServersRedis: serversRedis, DB: db,
 		Queues: c.Queues, OwnQueue: queue, Concurrency: c.Concurrency, Fetchers: c.Fetchers,
-		ShutdownTimeout: c.ShutdownTimeout,
-		BaseContext:     outbound.NewContext(context.Background(), guard),
-		Log:             log,
+		ShutdownTimeout: c.ShutdownTimeout, MaxPayload: c.MaxPayload,
+		BaseContext: outbound.NewContext(context.Background(), guard),
+		Log:         log,
 	})
 	self := admin.Instance{
 		Name: name, Version: c.Version, Host: host, PID: os.Getpid(), Started: time.Now().UTC(),
@@ -113,7 +117,7 @@ func Run(ctx context.Context, c Config) error {
 		return err
 	}
 	clock, err := scheduler.New(scheduler.Config{
-		DB: db, Tasks: set, Redis: rdb, Entries: append(ownSchedules(), c.Schedules...), Log: log,
+		DB: db, Tasks: set, Redis: rdb, Entries: append(ownSchedules(), c.Schedules...), MaxPayload: c.MaxPayload, Log: log,
 	})
 	if err != nil {
 		return err

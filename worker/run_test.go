@@ -11,6 +11,7 @@ import (
 	"github.com/carpool-go/carpool/scheduler"
 	"github.com/carpool-go/carpool/tasks"
 	"github.com/carpool-go/carpool/tasks/maintenance"
+	"github.com/carpool-go/carpool/tasks/rowsprune"
 	"github.com/carpool-go/carpool/worker"
 	"github.com/carpool-go/carpool/worker/internal/workertest"
 )
@@ -96,8 +97,9 @@ func TestConfig_ValidateNamesEveryFaultAndNoSecret(t *testing.T) {
 			{Name: "twice", Cron: "@daily", Payload: prune},
 			{Name: "twice", Cron: "@daily", Payload: prune},
 			{Name: "never", Cron: "x", Payload: prune},
+			{Name: "large", Cron: "@daily", Payload: rowsprune.Prune{Table: "a." + strings.Repeat("x", 50), Column: "c", OlderThan: "1d"}},
 		},
-		Concurrency: 10_001, Fetchers: 65, ValidateEvery: time.Millisecond, OutboundAllow: "10.0.0.0/99",
+		Concurrency: 10_001, Fetchers: 65, ValidateEvery: time.Millisecond, MaxPayload: 64, OutboundAllow: "10.0.0.0/99",
 	}
 	err := cfg.Validate()
 	if err == nil {
@@ -109,6 +111,7 @@ func TestConfig_ValidateNamesEveryFaultAndNoSecret(t *testing.T) {
 		`Schedules: entry "carpool-prune": name: there are two of it`, `Schedules: entry "twice": name: there are two of it`,
 		`Schedules: entry "never": `, `Queues: "a b" is no queue's name`, `Queues: "instance-x": names that begin with instance-`,
 		`Queues: "low" has the weight 1001`, "Concurrency: 10001 is not", "Fetchers: 65 is not", "ValidateEvery: 1ms is less", "OutboundAllow: ",
+		"MaxPayload: 64 is not from 1024 to 16777216 bytes", `Schedules: entry "large": payload: `,
 	} {
 		if !strings.Contains(text, "\n"+want) && !strings.HasPrefix(text, want) {
 			t.Errorf("%q is not said", want)

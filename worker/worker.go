@@ -28,7 +28,8 @@ func kinds(own *maintenance.Tasks, groups []tasks.Group) (*tasks.Set, error) {
 }
 
 // Migrate brings carpool's tables in the database up to date and writes down the groups'
-// kinds, which carpool.enqueue takes from then on. It logs each migration it applies.
+// kinds, which carpool.enqueue takes from then on. The limit on payloads in the database
+// stays what the last worker that started has made it. It logs each migration it applies.
 // Several may run at once. A nil log is [slog.Default].
 func Migrate(ctx context.Context, databaseURL string, log *slog.Logger, groups ...tasks.Group) error {
 	set, err := Kinds(groups...)

@@ -13,6 +13,7 @@ import (
 
 	"github.com/alecthomas/kong"
 
+	"github.com/carpool-go/carpool/internal/limit"
 	"github.com/carpool-go/carpool/internal/startup"
 	"github.com/carpool-go/carpool/tasks"
 	"github.com/carpool-go/carpool/worker"
@@ -142,10 +143,13 @@ type migrateCmd struct {
 	databaseSettings `embed:""`
 	startupSettings  `embed:""`
 	logSettings      `embed:""`
+	payloadSettings  `embed:""`
 }
 
-// Run brings the tables up to date, once the server is there.
-func (m *migrateCmd) Run(ctx context.Context, in *invocation) error {
+// Run brings the tables up to date, once the server is there. It writes MAX_PAYLOAD to the
+// database if that was given, because else the limit of the workers would be lost to a
+// default.
+func (m *migrateCmd) Run(ctx context.Context, command *kong.Context, in *invocation) error {
 	if _, err := in.kinds(); err != nil {
 		return err
 	}
@@ -153,6 +157,7 @@ func (m *migrateCmd) Run(ctx context.Context, in *invocation) error {
 	f.databaseURL(m.DatabaseURL)
 	timeout := f.startup(m.startupSettings)
 	level, format := f.log(m.logSettings)
+	maxPayload := f.maxPayload(m.MaxPayload)
 	if err := f.err(); err != nil {
 		return err
 	}
@@ -168,7 +173,11 @@ func (m *migrateCmd) Run(ctx context.Context, in *invocation) error {
 	if err := startup.Wait(ctx, timeout, log, startup.Server{Variable: "DATABASE_URL", URL: m.DatabaseURL, Check: db.Ping}); err != nil {
 		return err
 	}
-	err, _ = startup.Explain("DATABASE_URL", m.DatabaseURL, worker.Migrate(ctx, m.DatabaseURL, log, in.Groups...))
+	err = worker.Migrate(ctx, m.DatabaseURL, log, in.Groups...)
+	if err == nil && in.sources(command)("MAX_PAYLOAD") != fromDefault {
+		err = limit.Record(ctx, db, maxPayload)
+	}
+	err, _ = startup.Explain("DATABASE_URL", m.DatabaseURL, err)
 	return err
 }
 

@@ -57,6 +57,10 @@ type startupSettings struct {
 	StartupTimeout string `name:"startup-timeout" env:"WORKER_STARTUP_TIMEOUT" default:"60s" group:"Servers" help:"How long to wait at the start for servers that are down."`
 }
 
+type payloadSettings struct {
+	MaxPayload string `name:"max-payload" env:"MAX_PAYLOAD" default:"1MiB" group:"Worker" help:"Payloads and results of jobs that are larger are refused."`
+}
+
 type outboundSettings struct {
 	OutboundAllow string `name:"outbound-allow" env:"OUTBOUND_ALLOW" group:"Worker" placeholder:"HOST|CIDR,…" help:"Addresses that jobs may call although they are not public."`
 }
@@ -69,6 +73,7 @@ type runSettings struct {
 	logSettings      `embed:""`
 	poolSettings     `embed:""`
 	workerSettings   `embed:""`
+	payloadSettings  `embed:""`
 	outboundSettings `embed:""`
 }
 
@@ -89,6 +94,7 @@ func (r *runSettings) config(in *invocation) (worker.Config, error) {
 		ShutdownTimeout: orNone(f.duration("WORKER_SHUTDOWN_TIMEOUT", r.ShutdownTimeout, 0, "25s")),
 		StartupTimeout:  orNone(f.startup(r.startupSettings)),
 		ValidateEvery:   f.duration("DB_POOL_VALIDATE_EVERY", r.ValidateEvery, time.Second, "1m"),
+		MaxPayload:      f.maxPayload(r.MaxPayload),
 		OutboundAllow:   f.outbound(r.OutboundAllow),
 		Name:            in.Env("RENDER_INSTANCE_ID"),
 		Version:         in.Version,
@@ -213,6 +219,10 @@ func (f *faults) pool(db databaseSettings, p poolSettings) dbpool.Config {
 	return cfg
 }
 
+func (f *faults) maxPayload(value string) int {
+	return f.size("MAX_PAYLOAD", value, worker.LeastMaxPayload, worker.MostMaxPayload, "1MiB")
+}
+
 func (f *faults) outbound(allow string) string {
 	if _, err := outbound.New(allow); err != nil {
 		f.add("OUTBOUND_ALLOW", "is wrong: "+err.Error(), "10.1.0.0/16,hooks.internal")
@@ -240,6 +250,28 @@ func (f *faults) number(name, value string, lowest, highest int, example string)
 		f.add(name, fmt.Sprintf("is %q, which is not a whole number from %d to %d", value, lowest, highest), example)
 	}
 	return n
+}
+
+// units are those of a size, in bytes.
+var units = []struct {
+	name  string
+	bytes int
+}{{"KiB", 1 << 10}, {"MiB", 1 << 20}}
+
+// size returns bytes.
+func (f *faults) size(name, value string, lowest, highest int, example string) int {
+	for _, unit := range units {
+		text, has := strings.CutSuffix(strings.TrimSpace(value), unit.name)
+		if !has {
+			continue
+		}
+		n, err := strconv.Atoi(strings.TrimSpace(text))
+		if err == nil && n >= lowest/unit.bytes && n <= highest/unit.bytes {
+			return n * unit.bytes
+		}
+	}
+	f.add(name, fmt.Sprintf("is %q, which is not a size from %dKiB to %dMiB with its unit", value, lowest>>10, highest>>20), example)
+	return 0
 }
 
 func (f *faults) duration(name, value string, lowest time.Duration, example string) time.Duration {

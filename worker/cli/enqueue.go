@@ -13,6 +13,7 @@ import (
 	"github.com/carpool-go/carpool/admin"
 	"github.com/carpool-go/carpool/internal/asynqwire"
 	"github.com/carpool-go/carpool/internal/instance"
+	"github.com/carpool-go/carpool/internal/limit"
 	"github.com/carpool-go/carpool/scheduler"
 	"github.com/carpool-go/carpool/tasks"
 )
@@ -30,7 +31,8 @@ type enqueueCmd struct {
 	Retention time.Duration `placeholder:"24h" help:"How long it stays in sight when it is done, instead of the kind's own."`
 	Wait      bool          `help:"Wait for its end and print its result; exit with 1 if it failed."`
 
-	redisSettings `embed:""`
+	redisSettings   `embed:""`
+	payloadSettings `embed:""`
 }
 
 // retentionForWait keeps a job that is waited for in sight until its result has
@@ -39,7 +41,7 @@ const retentionForWait = 5 * time.Minute
 
 // Run enqueues the job, and waits for its end if it is to.
 func (e *enqueueCmd) Run(ctx context.Context, in *invocation) error {
-	payload, err := in.readPayload(ctx, e.Kind, e.Payload, in.exampleLine)
+	payload, most, err := in.readPayload(ctx, e.Kind, e.Payload, e.payloadSettings, in.exampleLine)
 	if err != nil {
 		return err
 	}
@@ -48,12 +50,13 @@ func (e *enqueueCmd) Run(ctx context.Context, in *invocation) error {
 		return err
 	}
 	return in.withRedis(e.redisSettings, func(rdb redis.UniversalClient) error {
-		return e.enqueue(ctx, in, rdb, payload, opts)
+		client := tasks.NewClient(rdb)
+		client.MaxPayload = most
+		return e.enqueue(ctx, in, rdb, client, payload, opts)
 	})
 }
 
-func (e *enqueueCmd) enqueue(ctx context.Context, in *invocation, rdb redis.UniversalClient, payload tasks.Payload, opts *tasks.EnqueueOptions) error {
-	client := tasks.NewClient(rdb)
+func (e *enqueueCmd) enqueue(ctx context.Context, in *invocation, rdb redis.UniversalClient, client *tasks.Client, payload tasks.Payload, opts *tasks.EnqueueOptions) error {
 	var id, queue string
 	info, err := client.Enqueue(ctx, payload, opts)
 	if dup, ok := errors.AsType[*tasks.DuplicateError](err); ok {
@@ -82,37 +85,45 @@ func (e *enqueueCmd) enqueue(ctx context.Context, in *invocation, rdb redis.Univ
 }
 
 // readPayload reads a command's payload of a kind from its argument, or for "-" from
-// stdin. example shows what would be right.
-func (in *invocation) readPayload(ctx context.Context, kind, arg string, example func(*tasks.Task) string) (tasks.Payload, error) {
+// stdin, and returns how many bytes one may have too. example shows what would be right.
+func (in *invocation) readPayload(ctx context.Context, kind, arg string, s payloadSettings, example func(*tasks.Task) string) (payload tasks.Payload, most int, err error) {
+	f := in.faults()
+	most = f.maxPayload(s.MaxPayload)
+	if err := f.err(); err != nil {
+		return nil, 0, err
+	}
 	set, err := in.kinds()
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	task, err := lookup(set, kind)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	data := []byte(arg)
 	if arg == "-" {
-		if data, err = in.readStdin(ctx); err != nil {
-			return nil, err
+		if data, err = in.readStdin(ctx, most); err != nil {
+			return nil, 0, err
 		}
 	}
-	payload, err := task.Decode(data)
-	if err != nil {
-		return nil, argumentError(fmt.Sprintf("%v; for example: %s", err, example(task)))
+	if err := limit.Check(len(data), most); err != nil {
+		return nil, 0, argumentError(fmt.Sprintf("%s payload: %v", task.Kind, err))
 	}
-	return payload, nil
+	payload, err = task.Decode(data)
+	if err != nil {
+		return nil, 0, argumentError(fmt.Sprintf("%v; for example: %s", err, example(task)))
+	}
+	return payload, most, nil
 }
 
-// readStdin reads all of stdin until ctx ends. The read itself knows no context, so that it
-// may go on after that, for as long as the process does.
-func (in *invocation) readStdin(ctx context.Context) ([]byte, error) {
+// readStdin reads stdin until ctx ends, up to most bytes; more are an error. The read itself
+// knows no context, so that it may go on after that, for as long as the process does.
+func (in *invocation) readStdin(ctx context.Context, most int) ([]byte, error) {
 	var data []byte
 	read := make(chan error, 1)
 	go func() {
 		var err error
-		data, err = io.ReadAll(in.stdin)
+		data, err = io.ReadAll(io.LimitReader(in.stdin, int64(most)+1))
 		read <- err
 	}()
 	select {
@@ -121,6 +132,9 @@ func (in *invocation) readStdin(ctx context.Context) ([]byte, error) {
 	case err := <-read:
 		if err != nil {
 			return nil, fmt.Errorf("read the payload from standard input: %w", err)
+		}
+		if len(data) > most {
+			return nil, argumentError(fmt.Sprintf("what comes from standard input has more bytes than the limit of %d, which MAX_PAYLOAD sets", most))
 		}
 		return data, nil
 	}

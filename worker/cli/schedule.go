@@ -57,6 +57,7 @@ type scheduleAddCmd struct {
 	Replace   bool          `help:"Take the place of an entry of this name, also of one from the code."`
 
 	databaseSettings `embed:""`
+	payloadSettings  `embed:""`
 }
 
 // Run adds the entry and prints when it is next run.
@@ -85,7 +86,7 @@ func (a *scheduleAddCmd) Run(ctx context.Context, in *invocation) error {
 // entry is the entry to be added. The error names everything that is wrong with it.
 func (a *scheduleAddCmd) entry(ctx context.Context, in *invocation) (scheduler.Entry, error) {
 	var faults []string
-	payload, err := in.readPayload(ctx, a.Kind, a.Payload, func(task *tasks.Task) string {
+	payload, _, err := in.readPayload(ctx, a.Kind, a.Payload, a.payloadSettings, func(task *tasks.Task) string {
 		return quoteShell(task.Example())
 	})
 	if err != nil {
