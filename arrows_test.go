@@ -46,17 +46,18 @@ func arrows() map[string]string {
 		"dbpool":   "",
 
 		// For tests and for people.
-		"tasks/taskstest":            "tasks outbound dbpool internal/testservers " + facts,
-		"worker/internal/workertest": "tasks dbpool internal/servers internal/testservers " + facts,
-		"internal/testservers":       "internal/servers",
-		"internal/servers":           "",
-		"internal/deploytest":        "",
-		"dev":                        "dev/internal/command", // it is to be compiled in seconds
-		"dev/internal/command":       "",
-		"dev/tour":                   "dev/internal/command dev/data tasks tasks/csvimport tasks/maintenance tasks/webhook internal/servers",
-		"dev/data":                   "",
-		"examples":                   "",
-		"examples/go":                "tasks",
+		"tasks/taskstest":             "tasks outbound dbpool internal/testservers " + facts,
+		"worker/internal/workertest":  "tasks dbpool internal/servers internal/testservers " + facts,
+		"internal/asynqwire/wiretest": facts,
+		"internal/testservers":        "internal/servers",
+		"internal/servers":            "",
+		"internal/deploytest":         "",
+		"dev":                         "dev/internal/command", // it is to be compiled in seconds
+		"dev/internal/command":        "",
+		"dev/tour":                    "dev/internal/command dev/data tasks tasks/csvimport tasks/maintenance tasks/webhook internal/servers",
+		"dev/data":                    "",
+		"examples":                    "",
+		"examples/go":                 "tasks",
 	}
 	for fact := range strings.FieldsSeq(facts) {
 		allowed[fact] = "dbpool " + facts

@@ -96,16 +96,6 @@ func GiveBack(ctx context.Context, rdb redis.UniversalClient, queue, id, lease s
 	return n == 1, err
 }
 
-// ForgetActive takes an id without a job from the active ones.
-func ForgetActive(ctx context.Context, rdb redis.UniversalClient, queue, id string) error {
-	_, err := rdb.Pipelined(ctx, func(p redis.Pipeliner) error {
-		p.LRem(ctx, Active(queue), 0, id)
-		p.ZRem(ctx, Leases(queue), id)
-		return nil
-	})
-	return err
-}
-
 // KEYS[1] retry or archived
 // KEYS[2] the job's hash
 // ARGV[1] the job's id
