@@ -17,6 +17,11 @@ var (
 	// ErrNoSuchJob is wrapped by the error of [Client.Get] and [Client.Cancel] for an id
 	// that is not in Redis. A job that is done is forgotten, unless it is retained.
 	ErrNoSuchJob = errors.New("there is no such job")
+	// ErrJobLost is wrapped by the error of [Client.Get], [Client.Wait] and [Client.Cancel]
+	// for a job that is on a queue still, while its data is gone: its key in Redis was
+	// evicted, because Redis may evict keys, or deleted or overwritten by hand. It is never
+	// run; what it was, only its producer knows.
+	ErrJobLost = asynqwire.ErrLost
 	// ErrJobEnded is wrapped by the error of [Client.Cancel] for a job that has
 	// ended already.
 	ErrJobEnded = errors.New("the job has ended already")
@@ -37,15 +42,23 @@ const (
 // returns when that has happened, which takes as long as the handler does.
 //
 // The error wraps [ErrNoSuchJob], or [ErrJobEnded] for a job that had ended before, or
-// whose handler succeeded all the same; or it is Redis', or the end of ctx. A job in the
-// outbox is not in Redis yet: the command cancel, and package admin, find it there too.
+// whose handler succeeded all the same, or [ErrJobLost] if what is left of one that has
+// lost its data can't be removed; or it is Redis', or the end of ctx. A job in the outbox is
+// not in Redis yet: the command cancel, and package admin, find it there too.
 func (c *Client) Cancel(ctx context.Context, id string) error {
 	var told, parked time.Time
 	running := false
-	info, err := c.find(ctx, id)
+	queue, info, err := c.find(ctx, id)
 	for {
 		if running && (errors.Is(err, ErrNoSuchJob) || err == nil && info.State == asynq.TaskStateCompleted) {
 			return fmt.Errorf("tasks: cancel job %s: %w: it has succeeded all the same", id, ErrJobEnded)
+		}
+		if errors.Is(err, ErrJobLost) {
+			forgotten, forgetErr := asynqwire.Forget(ctx, c.rdb, queue, id)
+			if forgetErr == nil && (forgotten || c.inspector.DeleteTask(queue, id) == nil) {
+				return nil
+			}
+			err = errors.Join(err, forgetErr)
 		}
 		if err != nil {
 			return fmt.Errorf("tasks: cancel job %s: %w", id, err)
@@ -75,11 +88,11 @@ func (c *Client) Cancel(ctx context.Context, id string) error {
 					parked = time.Now()
 				}
 				if time.Since(parked) > finishWithin {
-					_ = c.inspector.ArchiveTask(info.Queue, id)
+					_ = c.inspector.ArchiveTask(queue, id)
 				}
 				break
 			}
-			err := c.inspector.DeleteTask(info.Queue, id)
+			err := c.inspector.DeleteTask(queue, id)
 			if err == nil {
 				if err := c.locks.Release(ctx, id, info.Headers); err != nil {
 					return fmt.Errorf("tasks: cancel job %s: %w", id, err)
@@ -88,7 +101,7 @@ func (c *Client) Cancel(ctx context.Context, id string) error {
 			}
 			// A job that has begun to run meanwhile can't be deleted, for which asynq has no
 			// error of its own. One that is as it was shows that Redis refuses.
-			now, lookErr := c.inspector.GetTaskInfo(info.Queue, id)
+			now, lookErr := c.inspector.GetTaskInfo(queue, id)
 			if !errors.Is(err, asynq.ErrTaskNotFound) && lookErr == nil && now.State == info.State {
 				return fmt.Errorf("tasks: cancel job %s: %w", id, err)
 			}
@@ -96,30 +109,32 @@ func (c *Client) Cancel(ctx context.Context, id string) error {
 		if err := wait.For(ctx, cancelCheck); err != nil {
 			return fmt.Errorf("tasks: cancel job %s: it still runs: %w", id, err)
 		}
-		info, err = c.look(ctx, info.Queue, id)
+		info, err = c.look(ctx, queue, id)
 	}
 }
 
-// find looks for a job on all queues. The error wraps [ErrNoSuchJob] if none has it.
-func (c *Client) find(ctx context.Context, id string) (*asynq.TaskInfo, error) {
+// find looks for a job on all queues, and returns the one that has it. The error wraps
+// [ErrNoSuchJob] if none does, or [ErrJobLost].
+func (c *Client) find(ctx context.Context, id string) (queue string, info *asynq.TaskInfo, err error) {
 	queues, err := c.inspector.Queues()
 	if err != nil {
-		return nil, fmt.Errorf("list the queues: %w", err)
+		return "", nil, fmt.Errorf("list the queues: %w", err)
 	}
 	for _, queue := range queues {
 		if info, err := c.look(ctx, queue, id); !errors.Is(err, ErrNoSuchJob) {
-			return info, err
+			return queue, info, err
 		}
 	}
-	return nil, ErrNoSuchJob
+	return "", nil, ErrNoSuchJob
 }
 
-// look looks for a job on one queue. The error wraps [ErrNoSuchJob] if it isn't there.
+// look looks for a job on one queue. The error wraps [ErrNoSuchJob] if it isn't there, or
+// [ErrJobLost].
 func (c *Client) look(ctx context.Context, queue, id string) (*asynq.TaskInfo, error) {
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
-	info, err := c.inspector.GetTaskInfo(queue, id)
+	info, err := c.task(ctx, queue, id)
 	if errors.Is(err, asynq.ErrTaskNotFound) || errors.Is(err, asynq.ErrQueueNotFound) {
 		return nil, ErrNoSuchJob
 	}

@@ -28,6 +28,7 @@ type Client struct {
 	// MAX_PAYLOAD says; the database has a limit too, see [Client.EnqueueTx].
 	MaxPayload int
 
+	rdb       redis.UniversalClient
 	asynq     *asynq.Client
 	inspector *asynq.Inspector
 	locks     *unique.Locks
@@ -39,6 +40,7 @@ func NewClient(rdb redis.UniversalClient) *Client {
 	return &Client{
 		asynq: asynq.NewClientFromRedisClient(rdb), inspector: asynq.NewInspectorFromRedisClient(rdb), locks: unique.NewLocks(rdb),
 	}
+	return &Client{rdb, asynq.NewClientFromRedisClient(rdb), asynq.NewInspectorFromRedisClient(rdb), unique.NewLocks(rdb)}
 }
 
 // DefaultMaxPayload is how many bytes of JSON a payload, or a result, may have where
@@ -140,9 +142,18 @@ func (c *Client) Enqueue(ctx context.Context, p Payload, opts *EnqueueOptions) (
 		// If enqueueing fails, the job may be there all the same, when only the answer was
 		// lost. Then it holds its key; if not, the key is free again soon.
 	}
-	info, err := c.asynq.EnqueueContext(ctx, asynq.NewTaskWithHeaders(p.Kind(), data, headers), asynqOpts...)
+	enqueue := func() (*asynq.TaskInfo, error) {
+		return c.asynq.EnqueueContext(ctx, asynq.NewTaskWithHeaders(p.Kind(), data, headers), asynqOpts...)
+	}
+	info, err := enqueue()
 	if errors.Is(err, asynq.ErrTaskIDConflict) {
-		info, err = c.existing(p.Kind(), o.Queue, id)
+		info, err = c.existing(ctx, p.Kind(), o.Queue, id)
+	}
+	if errors.Is(err, ErrJobLost) {
+		// What is left of it blocks its id.
+		if forgotten, forgetErr := asynqwire.Forget(ctx, c.rdb, o.Queue, id); forgotten && forgetErr == nil {
+			info, err = enqueue()
+		}
 	}
 	if err != nil {
 		return nil, fmt.Errorf("tasks: enqueue %s: %w", p.Kind(), err)
@@ -171,8 +182,8 @@ var validID = regexp.MustCompile(`^[A-Za-z0-9_.:/@+-]{1,200}$`)
 
 // existing is the job that has the id already: an earlier call's, or this one's,
 // whose first answer was lost.
-func (c *Client) existing(kind, queue, id string) (*asynq.TaskInfo, error) {
-	info, err := c.inspector.GetTaskInfo(queue, id)
+func (c *Client) existing(ctx context.Context, kind, queue, id string) (*asynq.TaskInfo, error) {
+	info, err := asynqwire.GetTask(ctx, c.rdb, c.inspector, queue, id)
 	if errors.Is(err, asynq.ErrTaskNotFound) { // it has ended meanwhile
 		return &asynq.TaskInfo{ID: id, Queue: queue, Type: kind, State: asynq.TaskStateCompleted}, nil
 	}
@@ -183,19 +194,40 @@ func (c *Client) existing(kind, queue, id string) (*asynq.TaskInfo, error) {
 }
 
 // Get returns what Redis knows of a job on a queue. The error wraps [ErrNoSuchJob] if the
-// queue doesn't have it, or is Redis'.
+// queue doesn't have it, or [ErrJobLost], or is Redis'.
 func (c *Client) Get(ctx context.Context, queue, id string) (*Info, error) {
-	if err := ctx.Err(); err != nil {
-		return nil, fmt.Errorf("tasks: look at job %s: %w", id, context.Cause(ctx))
-	}
-	info, err := c.inspector.GetTaskInfo(queue, id)
-	if errors.Is(err, asynq.ErrTaskNotFound) || errors.Is(err, asynq.ErrQueueNotFound) {
-		err = ErrNoSuchJob
-	}
+	info, err := c.look(ctx, queue, id)
 	if err != nil {
 		return nil, fmt.Errorf("tasks: look at job %s: %w", id, err)
 	}
 	return infoOf(info), nil
+}
+
+// task is what Redis knows of a job. The error is asynq's if the queue, or the job on it,
+// is not there, [ErrJobLost], or Redis'. A job whose data has gone while it ran, or after it
+// had ended, is not lost: it is described as far as its place tells.
+func (c *Client) task(ctx context.Context, queue, id string) (*asynq.TaskInfo, error) {
+	info, err := asynqwire.GetTask(ctx, c.rdb, c.inspector, queue, id)
+	if !errors.Is(err, asynq.ErrTaskNotFound) {
+		return info, err
+	}
+	state, listErr := asynqwire.Listed(ctx, c.rdb, queue, id)
+	info = &asynq.TaskInfo{ID: id, Queue: queue}
+	switch {
+	case listErr != nil:
+		return nil, listErr
+	case state == "":
+		return nil, err
+	case state == asynq.TaskStateActive.String():
+		info.State = asynq.TaskStateActive
+	case state == asynq.TaskStateCompleted.String():
+		info.State = asynq.TaskStateCompleted
+	case state == asynq.TaskStateArchived.String():
+		info.State, info.LastErr = asynq.TaskStateArchived, ErrJobLost.Error()
+	default:
+		return nil, ErrJobLost
+	}
+	return info, nil
 }
 
 // ErrJobFailed is wrapped by the error of [Client.Wait] for a job that was archived.
@@ -222,10 +254,11 @@ const waitThrough = 30 * time.Second
 // state or its result so far changes.
 //
 // The error wraps [ErrJobFailed] and holds the reason if the job was archived, and
-// [ErrJobCancelled] if it was cancelled. It is Redis' once Redis has not answered for 30 s,
-// or has no such queue; else it is the end of ctx. A job that the queue doesn't have counts
-// as done, because it was not retained; but one that was to be retained, and is gone before
-// it has ended, counts as cancelled.
+// [ErrJobCancelled] if it was cancelled. It wraps [ErrJobLost] if the job has lost its data
+// before it was run. It is Redis' once Redis has not answered for 30 s, or has no such
+// queue; else it is the end of ctx. A job that the queue doesn't have counts as done,
+// because it was not retained; but one that was to be retained, and is gone before it has
+// ended, counts as cancelled.
 func (c *Client) Wait(ctx context.Context, queue, id string, progress func(*Info)) (result []byte, err error) {
 	tick := time.NewTicker(waitEvery)
 	defer tick.Stop()
@@ -233,13 +266,13 @@ func (c *Client) Wait(ctx context.Context, queue, id string, progress func(*Info
 	var retention time.Duration
 	answered := time.Now()
 	for {
-		info, err := c.inspector.GetTaskInfo(queue, id)
+		info, err := c.task(ctx, queue, id)
 		switch {
 		case errors.Is(err, asynq.ErrTaskNotFound) && time.Since(answered) < retention:
 			return nil, fmt.Errorf("%w: it was removed from its queue", ErrJobCancelled)
 		case errors.Is(err, asynq.ErrTaskNotFound):
 			return nil, nil // done, and not retained
-		case errors.Is(err, asynq.ErrQueueNotFound), err != nil && time.Since(answered) > waitThrough:
+		case errors.Is(err, asynq.ErrQueueNotFound), errors.Is(err, ErrJobLost), err != nil && time.Since(answered) > waitThrough:
 			return nil, fmt.Errorf("tasks: wait for job %s: %w", id, err)
 		case err != nil:
 		case info.State == asynq.TaskStateCompleted:

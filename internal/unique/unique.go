@@ -104,7 +104,7 @@ func (l *Locks) Take(ctx context.Context, key, id, queue string, runAt time.Time
 			if other.ID == id {
 				return nil // the first SET was answered to nobody
 			}
-			ended, err := l.hasEnded(other)
+			ended, err := l.hasEnded(ctx, other)
 			if err != nil {
 				return err
 			}
@@ -122,9 +122,9 @@ func (l *Locks) Take(ctx context.Context, key, id, queue string, runAt time.Time
 	}
 }
 
-func (l *Locks) hasEnded(h Holder) (bool, error) {
-	info, err := l.inspector.GetTaskInfo(h.Queue, h.ID)
-	if errors.Is(err, asynq.ErrTaskNotFound) || errors.Is(err, asynq.ErrQueueNotFound) {
+func (l *Locks) hasEnded(ctx context.Context, h Holder) (bool, error) {
+	info, err := asynqwire.GetTask(ctx, l.rdb, l.inspector, h.Queue, h.ID)
+	if errors.Is(err, asynq.ErrTaskNotFound) || errors.Is(err, asynq.ErrQueueNotFound) || errors.Is(err, asynqwire.ErrLost) {
 		return time.Since(h.since) > grace, nil
 	}
 	if err != nil {
