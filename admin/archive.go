@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/hibiken/asynq"
+	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/internal/asynqwire"
 	"github.com/carpool-go/carpool/internal/reason"
@@ -38,12 +39,14 @@ type ArchivedJob struct {
 	Tries int `json:"tries"`
 	// ArchivedAt is when it was given up, in UTC.
 	ArchivedAt time.Time `json:"archived_at"`
-	// Reason is why it was given up.
+	// Reason is why it was given up; the text of [tasks.ErrJobLost] for a job whose data is
+	// gone, of which only the id, the queue and the time are known.
 	Reason string `json:"reason"`
 	// Payload is what it carries, as JSON, which may be personal or secret.
 	Payload []byte `json:"-"`
 
 	headers map[string]string
+	lost    bool
 }
 
 func archivedJob(t *asynq.TaskInfo) ArchivedJob {
@@ -52,6 +55,11 @@ func archivedJob(t *asynq.TaskInfo) ArchivedJob {
 		ID: t.ID, Kind: t.Type, Queue: t.Queue, Tries: tries,
 		ArchivedAt: t.LastFailedAt.UTC(), Reason: why, Payload: t.Payload, headers: t.Headers,
 	}
+}
+
+// lostJob is what there is of a job of the archive whose data is gone.
+func lostJob(queue, id string, archivedAt float64) ArchivedJob {
+	return ArchivedJob{ID: id, Queue: queue, ArchivedAt: time.Unix(int64(archivedAt), 0).UTC(), Reason: tasks.ErrJobLost.Error(), lost: true}
 }
 
 // ArchiveFilter chooses jobs of the archive: those that all of its fields choose. The zero
@@ -111,26 +119,54 @@ func (a *Admin) archivedOf(ctx context.Context, queue string, f ArchiveFilter) (
 	if f.IDs != nil {
 		return jobs, nil
 	}
-	for page := 1; ; page++ {
+	for page := 0; ; page++ {
 		if err := ctx.Err(); err != nil {
 			return nil, context.Cause(ctx)
 		}
-		some, err := a.inspector.ListArchivedTasks(queue, asynq.Page(page), asynq.PageSize(archivePage))
-		if errors.Is(err, asynq.ErrQueueNotFound) {
-			return jobs, nil // it was removed meanwhile
-		}
+		some, more, err := a.archivedPage(ctx, queue, page)
 		if err != nil {
 			return nil, fmt.Errorf("list the archive of queue %s: %w", queue, err)
 		}
-		for _, t := range some {
-			if job := archivedJob(t); f.chooses(job) {
+		for _, job := range some {
+			if f.chooses(job) {
 				jobs = append(jobs, job)
 			}
 		}
-		if len(some) < archivePage {
+		if !more {
 			return jobs, nil
 		}
 	}
+}
+
+// archivedPage returns a page of a queue's archive, and whether there may be another. asynq
+// reads it in one exchange, but for the jobs whose data is gone: one may be a task without
+// an id, be left out, or make asynq fail.
+func (a *Admin) archivedPage(ctx context.Context, queue string, page int) (jobs []ArchivedJob, more bool, err error) {
+	ids, err := a.rdb.ZRange(ctx, asynqwire.Archived(queue), int64(page)*archivePage, int64(page+1)*archivePage-1).Result()
+	if err != nil && !asynqwire.IsWrongType(err) { // of an archive that is something else
+		return nil, false, err
+	}
+	read := make(map[string]*asynq.TaskInfo, len(ids))
+	all, err := a.inspector.ListArchivedTasks(queue, asynq.Page(page+1), asynq.PageSize(archivePage))
+	if err == nil { // else each is read by itself, and tells what is wrong
+		for _, t := range all {
+			read[t.ID] = t
+		}
+	}
+	for _, id := range ids {
+		if t := read[id]; t != nil {
+			jobs = append(jobs, archivedJob(t))
+			continue
+		}
+		job, err := a.ArchivedJob(ctx, queue, id)
+		switch {
+		case err == nil:
+			jobs = append(jobs, job)
+		case !errors.Is(err, ErrNotArchived): // it has left the archive meanwhile
+			return nil, false, err
+		}
+	}
+	return jobs, len(ids) == archivePage, nil
 }
 
 // ArchivedJob returns one job of a queue's archive. The error wraps [ErrNotArchived], or is
@@ -139,14 +175,22 @@ func (a *Admin) ArchivedJob(ctx context.Context, queue, id string) (ArchivedJob,
 	if err := ctx.Err(); err != nil {
 		return ArchivedJob{}, context.Cause(ctx)
 	}
-	t, err := a.inspector.GetTaskInfo(queue, id)
-	if errors.Is(err, asynq.ErrTaskNotFound) || errors.Is(err, asynq.ErrQueueNotFound) || err == nil && t.State != asynq.TaskStateArchived {
+	t, err := asynqwire.GetTask(ctx, a.rdb, a.inspector, queue, id)
+	switch {
+	case err == nil && t.State == asynq.TaskStateArchived:
+		return archivedJob(t), nil
+	case errors.Is(err, asynqwire.ErrLost), errors.Is(err, asynq.ErrTaskNotFound):
+		var archivedAt float64
+		if archivedAt, err = a.rdb.ZScore(ctx, asynqwire.Archived(queue), id).Result(); err == nil {
+			return lostJob(queue, id, archivedAt), nil
+		}
+		if errors.Is(err, redis.Nil) {
+			err = ErrNotArchived
+		}
+	case err == nil, errors.Is(err, asynq.ErrQueueNotFound):
 		err = ErrNotArchived
 	}
-	if err != nil {
-		return ArchivedJob{}, fmt.Errorf("job %s: %w", id, err)
-	}
-	return archivedJob(t), nil
+	return ArchivedJob{}, fmt.Errorf("job %s: %w", id, err)
 }
 
 // Retry puts a job of the archive back on its queue, with all its tries, and takes its
@@ -154,9 +198,13 @@ func (a *Admin) ArchivedJob(ctx context.Context, queue, id string) (ArchivedJob,
 // failure is the last, and pass over the unique key.
 //
 // The error is a [tasks.DuplicateError] if another job holds the key by now; it wraps
-// [ErrNotArchived] if the job has left the archive meanwhile; or it is Redis'. After a
-// DuplicateError the job is still in the archive.
+// [ErrNotArchived] if the job has left the archive meanwhile, or [tasks.ErrJobLost] if
+// there is nothing to put back; or it is Redis'. After a DuplicateError, and after
+// ErrJobLost, the job is still in the archive.
 func (a *Admin) Retry(ctx context.Context, job ArchivedJob) error {
+	if job.lost {
+		return changed(job, tasks.ErrJobLost)
+	}
 	msg, err := asynqwire.ReadMessage(ctx, a.rdb, job.Queue, job.ID)
 	if err == nil {
 		err = a.locks.Retake(ctx, job.Queue, job.ID, job.headers)
@@ -178,7 +226,15 @@ func (a *Admin) Delete(ctx context.Context, job ArchivedJob) error {
 	if err := ctx.Err(); err != nil {
 		return changed(job, context.Cause(ctx))
 	}
-	return changed(job, a.inspector.DeleteTask(job.Queue, job.ID))
+	err := a.inspector.DeleteTask(job.Queue, job.ID)
+	if err == nil {
+		return nil
+	}
+	// asynq finds a job by its data alone.
+	if forgotten, forgetErr := asynqwire.Forget(ctx, a.rdb, job.Queue, job.ID); forgetErr != nil || forgotten {
+		return changed(job, forgetErr)
+	}
+	return changed(job, err)
 }
 
 func changed(job ArchivedJob, err error) error {
@@ -200,7 +256,7 @@ func (a *Admin) NearlyFull(ctx context.Context) (queues []string, err error) {
 	}
 	for _, queue := range names {
 		n, err := a.rdb.ZCard(ctx, asynqwire.Archived(queue)).Result()
-		if err != nil {
+		if err != nil && !asynqwire.IsWrongType(err) {
 			return nil, fmt.Errorf("count the archive of queue %s: %w", queue, err)
 		}
 		if n >= ArchiveWarning {

@@ -8,11 +8,10 @@ import (
 	"slices"
 	"time"
 
-	"github.com/hibiken/asynq"
-
 	"github.com/carpool-go/carpool/internal/asynqwire"
 	"github.com/carpool-go/carpool/internal/instance"
 	"github.com/carpool-go/carpool/internal/outbox"
+	"github.com/carpool-go/carpool/tasks"
 )
 
 // Status is how everything stood at one moment. Its JSON is what the command status --json
@@ -49,6 +48,13 @@ type Queue struct {
 	Paused bool `json:"paused"`
 	// ArchiveNearlyFull is true from [ArchiveWarning] archived jobs on.
 	ArchiveNearlyFull bool `json:"archive_nearly_full"`
+	// Lost is how many jobs have lost their data, by their [tasks.State], among the first
+	// 1,000 of each: their keys in Redis were evicted, deleted or overwritten, and only their
+	// ids are left. They are in the numbers above. It is nil if there is none.
+	Lost map[string]int `json:"lost,omitempty"`
+	// Unreadable are those of the queue's keys in Redis that should be lists of jobs and are
+	// something else. Their jobs count as none.
+	Unreadable []string `json:"unreadable,omitempty"`
 }
 
 // Outbox is how the table carpool.outbox stands, by which jobs go that are enqueued in a
@@ -86,6 +92,9 @@ const (
 	outboxTimeout = 10 * time.Second
 	// problemsShown is how many of the outbox's problems are shown.
 	problemsShown = 5
+	// lostLookAt is how many jobs of each state of a queue are looked at for whether they
+	// have their data.
+	lostLookAt = 1000
 )
 
 // IsServed reports whether somebody pulls from a queue: an instance that is up, or another
@@ -171,21 +180,37 @@ func (a *Admin) queues(ctx context.Context) ([]Queue, error) {
 	}
 	queues := []Queue{}
 	for _, name := range names {
-		info, err := a.inspector.GetQueueInfo(name)
-		if errors.Is(err, asynq.ErrQueueNotFound) {
-			continue // it was removed meanwhile
-		}
+		q, err := a.queue(ctx, name)
 		if err != nil {
 			return nil, fmt.Errorf("read the queue %s: %w", name, err)
 		}
-		queues = append(queues, Queue{
-			Name: name, Pending: info.Pending, Active: info.Active, Scheduled: info.Scheduled,
-			Retry: info.Retry, Archived: info.Archived, Completed: info.Completed,
-			LatencyMS: info.Latency.Milliseconds(), Paused: info.Paused,
-			ArchiveNearlyFull: info.Archived >= ArchiveWarning,
-		})
+		queues = append(queues, q)
 	}
 	return queues, nil
+}
+
+// queue reads how a queue stands. asynq's own Inspector fails at a queue of which a job is
+// lost.
+func (a *Admin) queue(ctx context.Context, name string) (Queue, error) {
+	q, err := asynqwire.ReadQueue(ctx, a.rdb, name, lostLookAt)
+	if err != nil {
+		return Queue{}, err
+	}
+	n := func(state tasks.State) int { return q.Jobs[string(state)] }
+	stands := Queue{
+		Name: name, Pending: n(tasks.StatePending), Active: n(tasks.StateActive), Scheduled: n(tasks.StateScheduled),
+		Retry: n(tasks.StateRetry), Archived: n(tasks.StateArchived), Completed: n(tasks.StateCompleted),
+		LatencyMS: q.Latency.Milliseconds(), Paused: q.Paused,
+		ArchiveNearlyFull: n(tasks.StateArchived) >= ArchiveWarning,
+		Unreadable:        q.Unreadable,
+	}
+	for _, job := range q.Lost {
+		if stands.Lost == nil {
+			stands.Lost = make(map[string]int)
+		}
+		stands.Lost[job.State]++
+	}
+	return stands, nil
 }
 
 func (a *Admin) outbox(ctx context.Context, up []Instance) (*Outbox, error) {
