@@ -14,19 +14,21 @@ import (
 // maxRequest is how long a request's body may be, in bytes, as asynqmon has it.
 const maxRequest = 1_000_000
 
-// archive answers the requests of asynqmon's buttons that run jobs of the archive, as
-// asynqmon would, by [admin.Admin.Retry]. asynqmon's own way leaves the job's tries used up
-// and goes past its unique key.
+// archive answers the requests of asynqmon's buttons that run jobs of the archive or delete
+// one, as asynqmon would, by [admin.Admin.Retry] and [admin.Admin.Delete]. asynqmon's own
+// way leaves the tries of a job that is run used up, and goes past its unique key.
 type archive struct{ admin *admin.Admin }
 
-// retryArchived leaves all other requests to pages.
-func retryArchived(a *admin.Admin, pages http.Handler) http.Handler {
+// changeArchived leaves all other requests to pages.
+func changeArchived(a *admin.Admin, pages http.Handler) http.Handler {
 	archive := archive{a}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		rest, ok := strings.CutPrefix(r.URL.Path, "/api/queues/")
 		queue, what, archived := strings.Cut(rest, "/archived_tasks")
 		id, one := strings.CutSuffix(what, ":run")
 		switch {
+		case ok && archived && r.Method == http.MethodDelete && strings.HasPrefix(what, "/"):
+			archive.deleteOne(w, r, queue, what[1:])
 		case !ok || !archived || queue == "" || r.Method != http.MethodPost:
 			pages.ServeHTTP(w, r)
 		case what == ":run_all":
@@ -57,8 +59,26 @@ func (a archive) retryOne(w http.ResponseWriter, r *http.Request, queue, id stri
 		w.WriteHeader(http.StatusNoContent)
 	case errors.Is(err, admin.ErrNotArchived):
 		http.Error(w, err.Error(), http.StatusNotFound)
+	case errors.Is(err, tasks.ErrJobLost):
+		http.Error(w, err.Error(), http.StatusGone)
 	case held:
 		http.Error(w, err.Error(), http.StatusConflict)
+	default:
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+	}
+}
+
+// deleteOne deletes also what is left of a job whose data is gone, which asynqmon doesn't find.
+func (a archive) deleteOne(w http.ResponseWriter, r *http.Request, queue, id string) {
+	job, err := a.admin.ArchivedJob(r.Context(), queue, id)
+	if err == nil {
+		err = a.admin.Delete(r.Context(), job)
+	}
+	switch {
+	case err == nil:
+		w.WriteHeader(http.StatusNoContent)
+	case errors.Is(err, admin.ErrNotArchived):
+		http.Error(w, err.Error(), http.StatusNotFound)
 	default:
 		http.Error(w, err.Error(), http.StatusInternalServerError)
 	}
@@ -88,7 +108,8 @@ func (a archive) retrySome(w http.ResponseWriter, r *http.Request, queue string)
 	writeJSON(w, answer)
 }
 
-// retryAll leaves those in the archive whose unique key another job holds.
+// retryAll leaves those in the archive whose unique key another job holds, and those whose
+// data is gone.
 func (a archive) retryAll(w http.ResponseWriter, r *http.Request, queue string) {
 	jobs, err := a.admin.Archived(r.Context(), admin.ArchiveFilter{Queue: queue})
 	if err != nil {
@@ -104,7 +125,7 @@ func (a archive) retryAll(w http.ResponseWriter, r *http.Request, queue string) 
 		switch {
 		case err == nil:
 			answer.Moved++
-		case held, errors.Is(err, admin.ErrNotArchived):
+		case held, errors.Is(err, admin.ErrNotArchived), errors.Is(err, tasks.ErrJobLost):
 		default:
 			http.Error(w, err.Error(), http.StatusInternalServerError)
 			return

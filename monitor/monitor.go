@@ -35,14 +35,14 @@ type Config struct {
 // New returns the monitor. What is done with jobs of the archive on its pages is
 // [admin.Admin]'s to do, so that it is what the command line does; the rest is asynqmon's.
 func New(c Config) http.Handler {
-	pages := http.Handler(asynqmon.New(asynqmon.Options{
-		RedisConnOpt:     shared{c.Redis},
+	options := asynqmon.Options{
 		ReadOnly:         c.ReadOnly,
 		PayloadFormatter: asynqmon.PayloadFormatterFunc(func(_ string, data []byte) string { return c.shown(data) }),
 		ResultFormatter:  asynqmon.ResultFormatterFunc(func(_ string, data []byte) string { return c.shown(data) }),
-	}))
+	}
+	pages := newPages(c.Redis, options)
 	if !c.ReadOnly {
-		pages = retryArchived(admin.New(c.Redis, nil), pages)
+		pages = changeArchived(admin.New(c.Redis, nil), pages)
 	}
 	return protect(pages, c)
 }
