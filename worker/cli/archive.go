@@ -179,6 +179,11 @@ func (s archiveSelection) change(ctx context.Context, in *invocation, done strin
 				fmt.Fprintf(in.stderr, "%s %s stays: job %s holds its unique key by now\n", printable(job.ID), printable(job.Kind), printable(duplicate.ID))
 				continue
 			}
+			if errors.Is(err, tasks.ErrJobLost) {
+				fmt.Fprintf(in.stderr, "%s stays: %v; remove what is left of it with: %s archive delete %s\n",
+					printable(job.ID), tasks.ErrJobLost, in.Name, quoteShell(printable(job.ID)))
+				continue
+			}
 			if err != nil {
 				return fmt.Errorf("%w (%d of %d jobs were %s)", err, n, len(jobs), done)
 			}

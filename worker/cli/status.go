@@ -6,6 +6,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"syscall"
 	"text/tabwriter"
@@ -13,6 +15,7 @@ import (
 	"unicode"
 
 	"github.com/carpool-go/carpool/admin"
+	"github.com/carpool-go/carpool/tasks"
 )
 
 type statusCmd struct {
@@ -176,11 +179,36 @@ func printQueues(w *tabwriter.Writer, out *bytes.Buffer, s *admin.Status, paint 
 		if q.Pending+q.Active+q.Scheduled+q.Retry > 0 && !s.IsServed(q.Name) {
 			fmt.Fprintln(out, paint(red, fmt.Sprintf("! nobody pulls from %s: no instance has it among its WORKER_QUEUES", printable(q.Name))))
 		}
+		if len(q.Lost) > 0 {
+			fmt.Fprintln(out, paint(red, fmt.Sprintf("! %s: %s", printable(q.Name), lostJobs(q))))
+		}
+		for _, key := range q.Unreadable {
+			fmt.Fprintln(out, paint(red, fmt.Sprintf("! %s: the key %s in Redis is no list of jobs; somebody has overwritten it: delete it", printable(q.Name), printable(key))))
+		}
 		if q.ArchiveNearlyFull {
 			fmt.Fprintln(out, paint(yellow, fmt.Sprintf("! the archive of %s holds %d jobs; beyond %d, asynq drops the oldest",
 				printable(q.Name), q.Archived, admin.ArchiveLimit)))
 		}
 	}
+}
+
+// lostJobs says which jobs of a queue have lost their data, and what becomes of them.
+func lostJobs(q admin.Queue) string {
+	n := 0
+	var which []string
+	for _, state := range slices.Sorted(maps.Keys(q.Lost)) {
+		n += q.Lost[state]
+		which = append(which, fmt.Sprintf("%d %s", q.Lost[state], state))
+	}
+	said := "jobs have lost their data (" + strings.Join(which, ", ") +
+		"): their keys in Redis were evicted, deleted or overwritten; set its maxmemory-policy to noeviction. "
+	if n > q.Lost[string(tasks.StateArchived)]+q.Lost[string(tasks.StateCompleted)] {
+		said += "The queue's workers remove what is left of those that wait, and log their ids. "
+	}
+	if q.Lost[string(tasks.StateArchived)] > 0 {
+		said += "See: archive ls. "
+	}
+	return strings.TrimSpace(said)
 }
 
 func printOutbox(out *bytes.Buffer, s *admin.Status, paint painter) {
