@@ -37,8 +37,8 @@ type part interface {
 //
 // Before it starts it waits for both servers, and fails if they are not ready in time, or
 // refuse it. The error is nil if it ran. Else it is that of [Config.Validate], names the
-// server that was not ready or the group that did not start, or is the cause of ctx's end
-// if that came first.
+// server that was not ready or the group that did not start, is the cause of ctx's end if
+// that came first, or says how many due jobs a burst has left because they can't be fetched.
 func Run(ctx context.Context, c Config) error {
 	if err := c.Validate(); err != nil {
 		return fmt.Errorf("worker: the configuration is wrong: %w", err)
@@ -68,7 +68,7 @@ func Run(ctx context.Context, c Config) error {
 	}
 	defer db.Close()
 	if err := startup.Wait(ctx, c.StartupTimeout, log,
-		startup.Server{Variable: "REDIS_URL", URL: c.RedisURL, Check: func(ctx context.Context) error { return rdb.Ping(ctx).Err() }},
+		startup.Server{Variable: "REDIS_URL", URL: c.RedisURL, Check: func(ctx context.Context) error { return checkRedis(ctx, rdb) }},
 		startup.Server{Variable: "DATABASE_URL", URL: c.Pool.URL, Check: db.Ping},
 		startup.Server{Variable: "DATABASE_URL", URL: c.Pool.URL, Check: func(ctx context.Context) error { return schema.Check(ctx, db) }},
 	); err != nil {
@@ -127,12 +127,14 @@ func Run(ctx context.Context, c Config) error {
 	if c.Burst { // what goes by the clock is for workers that stay
 		validations, ticks = nothing{}, nothing{}
 	}
+	lost := newLostJobs(rdb, c.Queues, log)
 	// In the order of the shutdown; they are started in the reverse order.
 	parts := []part{
 		jobs.Servers,                 // fetch no more, and wait for the jobs that run, which need all that follows
 		newGroups(running, c.Groups), // no handler of theirs runs any more
 		validations,                  // enqueue to the instance's own queue, which goes with the fleet
 		ticks,                        // are other instances' from now on
+		lost,                         // looks at the queues by itself
 		jobs.Rescue,                  // would give back what this worker has just pushed back
 		outboxRelay,                  // moves what the jobs and the ticks have enqueued until now
 		jobs.Executor,                // waits for what the end of jobs began, such as the last step of a cancel
@@ -153,10 +155,9 @@ func Run(ctx context.Context, c Config) error {
 		"pool_size", c.Pool.Size, "max_overflow", c.Pool.MaxOverflow)
 
 	if c.Burst {
-		drain(ctx, outboxRelay, rdb, c.Queues, jobs.Executor, log)
-	} else {
-		<-ctx.Done()
+		return drain(ctx, outboxRelay, rdb, c.Queues, jobs.Executor, lost, log)
 	}
+	<-ctx.Done()
 	return nil
 }
 

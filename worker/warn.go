@@ -8,7 +8,21 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/dbpool"
+	"github.com/carpool-go/carpool/internal/asynqwire"
+	"github.com/carpool-go/carpool/internal/instance"
 )
+
+// checkRedis asks Redis for what a worker can't do without: scripts, with asynq's keys and
+// with carpool's. A user whose ACL forbids them would fetch no job, and say so again and
+// again.
+func checkRedis(ctx context.Context, rdb redis.UniversalClient) error {
+	for _, key := range []string{asynqwire.Queues, instance.Names} {
+		if err := rdb.Eval(ctx, `return redis.call("EXISTS", KEYS[1])`, []string{key}).Err(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
 
 // warnOfEviction says so if Redis is set to drop keys when its memory is full:
 // the keys are jobs.
