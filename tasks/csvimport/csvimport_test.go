@@ -740,6 +740,43 @@ func TestImport_ReadersSeeTheOldTableOrTheNewOne(t *testing.T) {
 	}
 }
 
+func TestImport_WaitsForAReaderLongerThanTheRolesSessionsMayBeIdle(t *testing.T) {
+	t.Parallel()
+	i := newImports(t)
+	if _, err := i.run(t, "replace", "old\n1\n"); err != nil {
+		t.Fatal(err)
+	}
+	i.exec(t, `DO $$ BEGIN EXECUTE format('ALTER ROLE CURRENT_USER IN DATABASE %I SET idle_in_transaction_session_timeout = %L', current_database(), '200ms'); END $$`)
+	reader, err := i.DB.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, sql := range []string{"SET LOCAL idle_in_transaction_session_timeout = 0", "SELECT FROM imports.t"} {
+		if _, err := reader.Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	cfg := dbpool.DefaultConfig(i.DatabaseURL)
+	cfg.Logger = slog.New(slog.DiscardHandler)
+	if i.DB, err = dbpool.Open(t.Context(), cfg); err != nil {
+		t.Fatal(err)
+	}
+	defer i.DB.Close()
+	want(t, "the setting", i.rows(t, "SHOW idle_in_transaction_session_timeout"), []string{"200ms"})
+	done := start(func() error { _, err := i.run(t, "replace", "new\n2\n3\n"); return err })
+	until(t, "the import has waited once, and pauses in its transaction", func() bool {
+		return len(i.rows(t, `SELECT 1 FROM pg_stat_activity WHERE state = 'idle in transaction' AND datname = current_database()
+			AND state_change < clock_timestamp() - interval '500ms' AND query LIKE 'rollback to%'`)) == 1
+	})
+	if err := reader.Rollback(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	want(t, "rows", i.rows(t, "SELECT count(*) FROM imports.t"), []string{"2"})
+}
+
 func TestImport_ManyAtOnceIntoOneTable(t *testing.T) {
 	t.Parallel()
 	for _, isolation := range []string{"read committed", "serializable"} { // of the database's sessions

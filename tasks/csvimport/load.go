@@ -38,7 +38,10 @@ func (l *loader) run(ctx context.Context, tx pgx.Tx, mode string) (Result, error
 	for i := range l.sheet.columns {
 		columns[i] = Column{l.sheet.columns[i].name, l.sheet.columns[i].typeName()}
 	}
-	var err error
+	_, err := tx.Exec(ctx, mayIdle)
+	if err != nil {
+		return Result{}, l.wordError(ctx, err)
+	}
 	if mode == modeReplace {
 		err = l.replace(ctx, tx, columns)
 	} else {
@@ -49,6 +52,11 @@ func (l *loader) run(ctx context.Context, tx pgx.Tx, mode string) (Result, error
 	}
 	return Result{Table: "imports." + l.table, Rows: l.sheet.rows, Bytes: l.sheet.bytes, Columns: columns}, nil
 }
+
+// mayIdle lets the transaction be idle for longer than the role's sessions may, which is as
+// long as a pause of lockOut, or a Redis that is slow to take the progress. The server still
+// ends one whose worker has gone without a word.
+const mayIdle = "SET LOCAL idle_in_transaction_session_timeout = '2min'"
 
 func importsTable(name string) string { return pgx.Identifier{"imports", name}.Sanitize() }
 
