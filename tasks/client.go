@@ -38,9 +38,8 @@ type Client struct {
 // caller closes rdb when the client is no longer used; the client itself is not closed.
 func NewClient(rdb redis.UniversalClient) *Client {
 	return &Client{
-		asynq: asynq.NewClientFromRedisClient(rdb), inspector: asynq.NewInspectorFromRedisClient(rdb), locks: unique.NewLocks(rdb),
+		rdb: rdb, asynq: asynq.NewClientFromRedisClient(rdb), inspector: asynq.NewInspectorFromRedisClient(rdb), locks: unique.NewLocks(rdb),
 	}
-	return &Client{rdb, asynq.NewClientFromRedisClient(rdb), asynq.NewInspectorFromRedisClient(rdb), unique.NewLocks(rdb)}
 }
 
 // DefaultMaxPayload is how many bytes of JSON a payload, or a result, may have where
@@ -58,8 +57,8 @@ type EnqueueOptions struct {
 	// ids of jobs that are done and not retained are forgotten: only tasks of
 	// [RegisterTx] and [RegisterOnce] know them when they come again later.
 	ID string
-	// Queue is the queue's name; "" means that of the kind. A worker's own, on which it has
-	// itself validate its pool, is refused.
+	// Queue is the queue's name, of 1 to 100 letters, digits or _ . : -; "" means that of
+	// the kind. A worker's own, on which it has itself validate its pool, is refused.
 	Queue string
 	// MaxRetry is how many times a failed job is tried again, [NoRetry] for none; 0 means
 	// as often as the kind says.
@@ -73,7 +72,8 @@ type EnqueueOptions struct {
 	// passed, means at once.
 	RunAt time.Time
 	// UniqueKey is held by at most one job of the kind until that job has ended:
-	// enqueueing another one returns a [DuplicateError] that names it. "" is no key.
+	// enqueueing another one returns a [DuplicateError] that names it. It has 1000 bytes at
+	// most. "" is no key.
 	UniqueKey string
 }
 
@@ -83,8 +83,8 @@ type EnqueueOptions struct {
 // [EnqueueOptions.ID] makes it safe to try again.
 //
 // The error is a [PayloadError] for a payload that is not valid, or too large, a
-// [DuplicateError] for a unique key that is held, one for an ID or a queue that can't be
-// used, or Redis'.
+// [DuplicateError] for a unique key that is held, one for an ID, Queue or UniqueKey that
+// can't be used, or Redis'.
 func (c *Client) Enqueue(ctx context.Context, p Payload, opts *EnqueueOptions) (*Info, error) {
 	data, err := c.encode(p)
 	if err != nil {
@@ -107,6 +107,13 @@ func (c *Client) Enqueue(ctx context.Context, p Payload, opts *EnqueueOptions) (
 		o.Retention = opts.Retention
 	}
 	o = o.withDefaults()
+	// Both become names of keys in Redis. The bounds are those of carpool.enqueue.
+	switch {
+	case !asynqwire.IsQueueName(o.Queue):
+		return nil, fmt.Errorf("tasks: enqueue %s: %w", p.Kind(), Permanent(fmt.Errorf("%.100q is no queue's name: 1 to 100 letters, digits, or _ . : -", o.Queue)))
+	case len(opts.UniqueKey) > maxUniqueKey:
+		return nil, fmt.Errorf("tasks: enqueue %s: %w", p.Kind(), Permanent(fmt.Errorf("the unique key has %d bytes; it may have %d", len(opts.UniqueKey), maxUniqueKey)))
+	}
 	if err := instance.CheckQueue(o.Queue, p.Kind()); err != nil {
 		return nil, fmt.Errorf("tasks: enqueue %s: %w", p.Kind(), Permanent(err))
 	}
@@ -160,6 +167,9 @@ func (c *Client) Enqueue(ctx context.Context, p Payload, opts *EnqueueOptions) (
 	}
 	return infoOf(info), nil
 }
+
+// maxUniqueKey bounds a unique key, in bytes.
+const maxUniqueKey = 1000
 
 // encode returns the JSON of a payload that is valid, and not too large. Its error is that
 // of enqueueing it.

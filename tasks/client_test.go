@@ -191,6 +191,29 @@ func TestClient_WaitShowsProgressAndEndsWithItsContext(t *testing.T) {
 	}
 }
 
+func TestClient_WhatCannotBeANameInRedisIsRefused(t *testing.T) {
+	t.Parallel()
+	kit := taskstest.New(t)
+	for want, opts := range map[string]tasks.EnqueueOptions{
+		`"a b" is no queue's name`:            {Queue: "a b"},
+		`"a}{b" is no queue's name`:           {Queue: "a}{b"},
+		`is no queue's name`:                  {Queue: strings.Repeat("q", 101)},
+		"the unique key has 1001 bytes":       {UniqueKey: strings.Repeat("k", 1001)},
+		"the id must be 1 to 200 letters":     {ID: "a\nb"},
+		"the id must be 1 to 200 letters, di": {ID: strings.Repeat("i", 201)},
+	} {
+		info, err := kit.Client.Enqueue(t.Context(), parcel{To: "Ada"}, &opts)
+		if err == nil || !strings.HasPrefix(err.Error(), "tasks: enqueue parcel:send: ") || !strings.Contains(err.Error(), want) || len(err.Error()) > 300 {
+			t.Errorf("%s: %+v, %v", want, info, err)
+		}
+	}
+	if _, err := kit.Client.Enqueue(t.Context(), parcel{To: "Ada"}, &tasks.EnqueueOptions{
+		Queue: strings.Repeat("q", 100), UniqueKey: strings.Repeat("\n", 1000), ID: strings.Repeat("i", 200),
+	}); err != nil {
+		t.Errorf("at the bounds: %v", err)
+	}
+}
+
 func TestClient_WaitGoesOnWhileRedisIsAway(t *testing.T) {
 	t.Parallel()
 	kit := taskstest.New(t)

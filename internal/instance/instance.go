@@ -9,11 +9,22 @@ import (
 	"strings"
 
 	"github.com/google/uuid"
+
+	"github.com/carpool-go/carpool/internal/asynqwire"
 )
 
 // NewName makes a name that begins with one, or with "worker" for none, and is different
-// for any two instances that live at once.
-func NewName(begins string) string { return cmp.Or(begins, "worker") + "-" + uuid.NewString()[:8] }
+// for any two instances that live at once. It is fit for the name of a queue, and for a key
+// in Redis: what isn't becomes a hyphen, and what is beyond 60 characters is left out.
+func NewName(begins string) string {
+	fit := strings.Map(func(r rune) rune {
+		if asynqwire.IsQueueName(string(r)) {
+			return r
+		}
+		return '-'
+	}, begins)
+	return cmp.Or(fit[:min(len(fit), 60)], "worker") + "-" + uuid.NewString()[:8]
+}
 
 // QueuePrefix begins the names of the instances' own queues.
 const QueuePrefix = "instance-"
