@@ -20,6 +20,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/google/uuid"
 	standardwebhooks "github.com/standard-webhooks/standard-webhooks/libraries/go"
@@ -141,6 +142,10 @@ func (d Deliverer) Handle(ctx context.Context, job *tasks.Job, p Deliver) (Resul
 	if err != nil {
 		return Result{}, tasks.Permanent(fmt.Errorf("WEBHOOK_SECRET is wrong: %w", err))
 	}
+	if !isHeader(job.ID) {
+		return Result{}, tasks.Permanent(errors.New("the job's id can't be sent as the header webhook-id: " +
+			"it has control characters, or begins or ends with a space; let its producer enqueue it under another"))
+	}
 	req, err := signedRequest(p, job.ID, key, time.Now())
 	if err != nil {
 		return Result{}, tasks.Permanent(err)
@@ -156,6 +161,12 @@ func (d Deliverer) Handle(ctx context.Context, job *tasks.Job, p Deliver) (Resul
 		return Result{}, err
 	}
 	return Result{Status: status, Attempts: job.Attempt}, nil
+}
+
+// isHeader reports whether the receiver of an id as a header gets what was signed. Other
+// producers than carpool's may give a job any id.
+func isHeader(id string) bool {
+	return !strings.ContainsFunc(id, unicode.IsControl) && strings.TrimSpace(id) == id
 }
 
 func signedRequest(p Deliver, id string, key []byte, now time.Time) (*http.Request, error) {

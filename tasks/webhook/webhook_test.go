@@ -62,12 +62,17 @@ func (w *webhooks) payload(url string) webhook.Deliver {
 
 // attempt makes one attempt of the job webhookJob.
 func (w *webhooks) attempt(ctx context.Context, n int, p webhook.Deliver) (webhook.Result, error) {
+	return w.attemptOf(ctx, webhookJob, n, p)
+}
+
+// attemptOf makes one attempt of a job.
+func (w *webhooks) attemptOf(ctx context.Context, id string, n int, p webhook.Deliver) (webhook.Result, error) {
 	guard, err := outbound.New(w.OutboundAllow)
 	if err != nil {
 		return webhook.Result{}, err
 	}
 	return w.Handle(outbound.NewContext(ctx, guard), &tasks.Job{
-		ID: webhookJob, Kind: p.Kind(), Queue: "default", Attempt: n, MaxRetry: 10,
+		ID: id, Kind: p.Kind(), Queue: "default", Attempt: n, MaxRetry: 10,
 		DB: w.DB, Client: w.Client, Log: slog.New(slog.NewTextHandler(w.log, nil)),
 	}, p)
 }
@@ -201,6 +206,28 @@ func TestDeliver_EveryAttemptHasTheSameIDAndBody(t *testing.T) {
 }
 
 // Jobs that asynq clients of other languages enqueue have ids of their own making.
+func TestDeliver_AnIDThatIsNoHeaderIsItsProducersFault(t *testing.T) {
+	t.Parallel()
+	w := newWebhooks(t)
+	var got []string // webhook-ids
+	s := receiver(t, func(_ http.ResponseWriter, r *http.Request) { got = append(got, r.Header.Get("webhook-id")) })
+	for _, id := range []string{"a\nb", "a\r\nwebhook-signature: v1,x", "a\tb", "\x7f", " a", "a ", "\u0085", "\u00a0a"} {
+		_, err := w.attemptOf(t.Context(), id, 1, w.payload(s.URL))
+		if err == nil || !tasks.IsPermanent(err) || !strings.HasPrefix(err.Error(), "the job's id can't be sent as the header webhook-id: ") {
+			t.Errorf("%q: %v", id, err)
+		}
+	}
+	if len(got) > 0 || len(w.deliveries(t)) > 0 {
+		t.Errorf("the receiver got %q; rows %v", got, w.deliveries(t))
+	}
+	for _, id := range []string{"order 17: \"paid\"", "größe"} {
+		if _, err := w.attemptOf(t.Context(), id, 1, w.payload(s.URL)); err != nil {
+			t.Errorf("%q: %v", id, err)
+		}
+		want(t, "webhook-id", got[len(got)-1], id)
+	}
+}
+
 func TestDeliver_NoTimestampIsMadeUp(t *testing.T) {
 	t.Parallel()
 	w := newWebhooks(t)
