@@ -115,7 +115,7 @@ func (p Program) Run(ctx context.Context, args []string, stdin io.Reader, stdout
 	case err == nil:
 		return 0
 	case !errors.Is(err, errLogged):
-		fmt.Fprintf(stderr, "%s: %v\n", p.Name, err)
+		fmt.Fprintf(stderr, "%s: %s\n", p.Name, linesOf(err))
 	}
 	if wrong, ok := errors.AsType[usageError](err); ok {
 		fmt.Fprintf(stderr, "Try: %s --help\n", wrong.command)
@@ -126,6 +126,16 @@ func (p Program) Run(ctx context.Context, args []string, stdin io.Reader, stdout
 		return exitUsage
 	}
 	return exitFailed
+}
+
+// linesOf is the text of an error without what would move the cursor: it may name what others
+// have written into Redis or the database.
+func linesOf(err error) string {
+	lines := strings.Split(err.Error(), "\n")
+	for i, line := range lines {
+		lines[i] = oneLine(line)
+	}
+	return strings.Join(lines, "\n")
 }
 
 // usageError is a command line that can't be understood. Its command is as much of it as
