@@ -17,6 +17,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/carpool-go/carpool/dbpool"
+	"github.com/carpool-go/carpool/internal/pgtext"
 	"github.com/carpool-go/carpool/internal/wait"
 )
 
@@ -31,6 +32,27 @@ type Job struct {
 	recorded bool
 	// yieldOnce has the next claim wait for another run to go first.
 	yieldOnce bool
+}
+
+// maxID bounds a job's id, in bytes. An index of Postgres takes no more than 2,704 for all
+// that is in it.
+const maxID = 1000
+
+// CheckID returns what is wrong with the id or the kind of a job that Postgres can't keep,
+// whatever is tried; nil for all that carpool enqueues. The error doesn't show them.
+func CheckID(id, kind string) error {
+	what := ""
+	switch {
+	case len(id) > maxID:
+		what = fmt.Sprintf("the job's id has %d bytes, and may have %d", len(id), maxID)
+	case pgtext.Clean(id) != id:
+		what = "the job's id has a NUL, or isn't UTF-8"
+	case pgtext.Clean(kind) != kind:
+		what = "the job's kind has a NUL, or isn't UTF-8"
+	default:
+		return nil
+	}
+	return errors.New(what + ", which Postgres can't keep; let its producer enqueue it under another")
 }
 
 // Recorded reports whether Do has recorded the job, or found its record.
