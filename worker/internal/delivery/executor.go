@@ -235,6 +235,9 @@ const (
 // of them had an end: its worker died each time, or it ran into its timeout and did
 // not say so. The reason outlasts a postponement.
 func (x *Executor) attempt(ctx context.Context, job *tasks.Job, data []byte, borrower *dbpool.Borrower) ([]byte, error) {
+	if err := once.CheckID(job.ID, job.Kind); err != nil {
+		return nil, tasks.Permanent(err) // of a producer that is none of carpool's
+	}
 	unended := ""
 	if job.Attempt > job.MaxRetry+1 {
 		var err error
