@@ -8,9 +8,11 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"strconv"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -23,6 +25,10 @@ const helperEnv = "CARPOOL_SERVERS_TEST_PARENT"
 
 func TestMain(m *testing.M) {
 	if how := os.Getenv(helperEnv); how != "" {
+		if from, cache, download := strings.Cut(how, " into "); download {
+			_, _ = postgresDownload{cache: cache, from: from}.fetch(context.Background(), io.Discard)
+			os.Exit(1)
+		}
 		beParent(how)
 	}
 	goleak.VerifyTestMain(m)

@@ -55,17 +55,22 @@ func (d postgresDownload) fetch(ctx context.Context, log io.Writer) (programs, e
 	if err := os.MkdirAll(d.cache, 0o755); err != nil {
 		return programs{}, err
 	}
+	removeIfEmpty := func() {
+		for _, folder := range missing {
+			_ = os.Remove(folder)
+		}
+	}
 	scratch, err := newHome("", d.cache, "download-")
 	if err != nil {
+		removeIfEmpty()
 		return programs{}, err
 	}
+	scratch.dog.removeIfEmpty(missing)
 	fetched := make(chan error, 1)
 	go func() {
 		err := d.fetchInto(dir, scratch.dir, version, log)
 		err = errors.Join(err, scratch.close())
-		for _, folder := range missing {
-			_ = os.Remove(folder) // if nothing came into it
-		}
+		removeIfEmpty()
 		fetched <- err
 	}()
 	select {

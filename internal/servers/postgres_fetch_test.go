@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -96,6 +97,32 @@ func TestPostgresDownload_EndsWithItsContext(t *testing.T) {
 	if _, err := d.fetch(ctx, io.Discard); !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v, want the context's error", err)
 	}
+}
+
+func TestPostgresDownload_OneThatIsInterruptedLeavesNothing(t *testing.T) {
+	t.Parallel()
+	root := t.TempDir()
+	begun, interrupted := make(chan struct{}, 10), make(chan struct{})
+	asked := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+		begun <- struct{}{}
+		<-interrupted
+	}))
+	defer asked.Close()
+	download := exec.Command(os.Args[0])
+	download.Env = append(os.Environ(), helperEnv+"="+asked.URL+" into "+filepath.Join(root, "the cache", "carpool"))
+	if err := download.Start(); err != nil {
+		t.Fatal(err)
+	}
+	<-begun
+	if err := download.Process.Signal(os.Interrupt); err != nil {
+		t.Fatal(err)
+	}
+	_ = download.Wait()
+	close(interrupted)
+	if state := download.ProcessState; state.Exited() {
+		t.Fatalf("it has ended by itself: %s", state)
+	}
+	waitUntilGone(t, nil, filepath.Join(root, "the cache"))
 }
 
 // repository is a Maven repository whose every archive is this one.

@@ -7,6 +7,7 @@ type watchdog struct{}
 
 func startWatchdog(string) (*watchdog, error) { return &watchdog{}, nil }
 
-func (*watchdog) watch(int)    {}
-func (*watchdog) paused([]int) {}
-func (*watchdog) stop()        {}
+func (*watchdog) watch(int)              {}
+func (*watchdog) paused([]int)           {}
+func (*watchdog) removeIfEmpty([]string) {}
+func (*watchdog) stop()                  {}

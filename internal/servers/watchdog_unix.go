@@ -22,7 +22,8 @@ type watchdog struct {
 	in io.WriteCloser
 }
 
-// The folder to remove is $1 ("" = none). Each line read is one of: "pid N" (0: none runs), "paused N N…", "done".
+// The folder to remove is $1 ("" = none), and further arguments are folders to remove after it if they are empty. Each line
+// read is one of: "pid N" (0: none runs), "paused N N…", "empty FOLDER", "done".
 const watchdogScript = `
 trap '' HUP INT TERM
 pid=0 paused=
@@ -30,6 +31,7 @@ while read -r word rest; do
 	case $word in
 	pid) pid=$rest ;;
 	paused) paused=$rest ;;
+	empty) set -- "$@" "$rest" ;;
 	done) exit 0 ;;
 	esac
 done
@@ -42,6 +44,8 @@ for signal in INT QUIT KILL; do
 done
 n=0
 while [ -n "$1" ] && [ -e "$1" ] && [ $n -lt 20 ]; do n=$((n+1)); rm -rf -- "$1" 2>/dev/null || sleep 0.1; done
+shift
+for folder; do rmdir -- "$folder" 2>/dev/null; done
 `
 
 func startWatchdog(temporary string) (*watchdog, error) {
@@ -76,6 +80,13 @@ func (w *watchdog) paused(pids []int) {
 		b.WriteString(" " + strconv.Itoa(pid))
 	}
 	w.tell("paused%s", b.String())
+}
+
+// removeIfEmpty names folders, the innermost first, to be removed after the temporary one if nothing has come into them.
+func (w *watchdog) removeIfEmpty(folders []string) {
+	for _, folder := range folders {
+		w.tell("empty %s", folder)
+	}
 }
 
 // stop ends the watchdog; nothing is left for it to do.
