@@ -27,8 +27,7 @@ import (
 // source is a CSV file that can be read twice: once to learn the types of its
 // columns, once to load it.
 type source struct {
-	// name is what errors call the source: of a URL the scheme and the host, because its path
-	// and its query may hold a secret, and of a file the path below IMPORT_DIR.
+	// name is that of [sourceName].
 	name string
 	// first is what the first pass reads. Of a file it is the file, of a URL the
 	// answer's body, which is written to file on the way: a second request might
@@ -45,12 +44,7 @@ func (i Importer) open(ctx context.Context, from string) (*source, error) {
 	if err != nil {
 		return nil, tasks.Permanent(errSource)
 	}
-	s := &source{seed: maphash.MakeSeed()}
-	shown := url.URL{Scheme: u.Scheme, Host: u.Host}
-	if u.Scheme == "file" {
-		shown.Path = u.Path
-	}
-	s.name = pgtext.Cut(shown.String(), maxName)
+	s := &source{name: sourceName(u), seed: maphash.MakeSeed()}
 	if u.Scheme == "file" {
 		err = i.openFile(s, u)
 	} else {
@@ -64,6 +58,16 @@ func (i Importer) open(ctx context.Context, from string) (*source, error) {
 
 // maxName bounds what errors show of a source, in bytes. It is more than a host's name has.
 const maxName = 300
+
+// sourceName is what errors call a source: of a URL the scheme and the host, because its path
+// and its query may hold a secret, and of a file the path below IMPORT_DIR.
+func sourceName(u *url.URL) string {
+	shown := url.URL{Scheme: u.Scheme, Host: u.Host}
+	if u.Scheme == "file" {
+		shown.Path = u.Path
+	}
+	return pgtext.Cut(shown.String(), maxName)
+}
 
 func (i Importer) openFile(s *source, u *url.URL) error {
 	if i.Dir == "" {

@@ -213,6 +213,7 @@ func TestACL_TheUsersOfTheDocsCanDoTheirPartAndNoMore(t *testing.T) {
 			"HGETALL " + key, "HGET " + key + " msg", "DEL " + key, "GET " + key, "UNLINK " + key, "RENAME " + key + " asynq:x",
 			"LRANGE " + asynqwire.Active("default") + " 0 -1", "LPOP " + asynqwire.Active("default"), "ZRANGE " + asynqwire.Archived("default") + " 0 -1",
 			"SMEMBERS " + asynqwire.Queues, "SREM " + asynqwire.Queues + " default", "SET " + asynqwire.Paused("default") + " 1",
+			"HSET " + asynqwire.Paused("default") + " a b", "LPUSH " + asynqwire.Active("default") + " x", "ZADD " + asynqwire.Archived("default") + " 1 x",
 			"PUBLISH asynq:cancel " + orphan.ID, "SUBSCRIBE asynq:cancel", "KEYS *", "SCAN 0", "RANDOMKEY",
 			"EVAL return_redis.call('HGETALL',KEYS[1]) 1 " + key, "EVAL return_redis.call('DEL',KEYS[1]) 1 " + key,
 			"SADD other x", "HSET other a b", "EVAL return_redis.call('SADD',KEYS[1],'x') 1 other", "GET carpool:instances",
