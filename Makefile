@@ -4,7 +4,7 @@ VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 GOFUMPT := go run mvdan.cc/gofumpt@v0.12.0
 STATICCHECK := go run honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
-.PHONY: help dev test chaos lint build
+.PHONY: help dev test chaos lint vuln build
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ lint: ## Check the format and look for faults without running anything
 	go vet ./...
 	cd examples/own && go vet ./...
 	$(STATICCHECK) ./...
+
+vuln: ## Look for known vulnerabilities that the code calls; passes where their database can't be reached
+	@./scripts/vulncheck.sh
 
 build: ## Build bin/worker
 	CGO_ENABLED=0 go build -trimpath -ldflags "-X github.com/carpool-go/carpool/worker/cli.buildVersion=$(VERSION)" -o bin/ ./cmd/worker
