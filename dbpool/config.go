@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/url"
 	"strings"
 	"time"
@@ -191,6 +190,7 @@ func (p *Pool) pgxConfig() (*pgxpool.Config, error) {
 	cfg.ShouldPing = func(context.Context, pgxpool.ShouldPingParams) bool { return false }
 	cfg.AfterConnect = func(ctx context.Context, pgxConn *pgx.Conn) error {
 		pgxConn.PgConn().CustomData()[customDataKey] = ctx.Value(connKey{})
+		socketOf(pgxConn.PgConn()).opened(pgxConn.PgConn())
 		if p.cfg.AfterConnect == nil {
 			return nil
 		}
@@ -199,10 +199,6 @@ func (p *Pool) pgxConfig() (*pgxpool.Config, error) {
 	cfg.ConnConfig.Tracer = tracer{p}
 	if p.cfg.Tracer != nil {
 		cfg.ConnConfig.Tracer = multitracer.New(tracer{p}, p.cfg.Tracer)
-	}
-	p.sockets.dialer = net.Dialer{
-		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: keepAliveIdle, Interval: keepAliveInterval, Count: keepAliveCount},
-		Control:         setUserTimeout,
 	}
 	cfg.ConnConfig.DialFunc = p.sockets.dial
 	if p.cfg.ThroughPooler {

@@ -2,12 +2,9 @@ package dbpool
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
-	"net"
 	"runtime"
 	"strings"
 	"sync/atomic"
@@ -39,7 +36,7 @@ func (c *Conn) Release() {
 }
 
 // Conn returns the pgx connection, for what this type has no method for. It is nil
-// after Release, and must not be used after it.
+// after Release, and must not be used after it, nor may what was hijacked from it.
 func (c *Conn) Conn() *pgx.Conn {
 	pgxConn, err := c.lent()
 	if err != nil {
@@ -66,7 +63,7 @@ type conn struct {
 	// From connecting:
 	pooled *pgxpool.Conn
 	pgx    *pgx.Conn
-	socket net.Conn
+	socket *socket
 	raw    syscall.RawConn // to peek at the socket; nil if that can't be done
 
 	// verified is the pool's generation in which the connection was last known to
@@ -77,6 +74,8 @@ type conn struct {
 	fresh      bool      // it was not released yet
 	idleSince  time.Time
 	validation uint64 // the last one that looked at it
+	lost       bool   // it can't be pinged, or there is no time for that
+	taken      bool   // by Pool.Close from whoever had it on loan
 
 	// Of the present loan:
 	acquiredAt time.Time
@@ -114,15 +113,9 @@ const stackDepth = 8
 // attach takes over a connection that pgxpool has opened.
 func (c *conn) attach(pooled *pgxpool.Conn) {
 	c.pooled, c.pgx = pooled, pooled.Conn()
-	c.socket = c.pgx.PgConn().Conn()
-	socket := c.socket
-	if t, ok := socket.(*tls.Conn); ok {
-		socket = t.NetConn() // because a tls.Conn is no syscall.Conn
-	}
-	if s, ok := socket.(syscall.Conn); ok {
-		if raw, err := s.SyscallConn(); err == nil {
-			c.raw = raw
-		}
+	c.socket = socketOf(c.pgx.PgConn())
+	if raw, err := c.socket.SyscallConn(); err == nil {
+		c.raw = raw
 	}
 	c.peekFD = func(fd uintptr) { c.peeked = peek(fd) }
 	if r := c.pool.cfg.Recycle; r > 0 {
@@ -201,12 +194,14 @@ const (
 func (c *conn) ping() health {
 	generation := c.pool.generation.Load()
 	if c.peek() == peekDead {
+		c.lost = true
 		c.pool.newGeneration()
 		return dead
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), c.pool.cfg.PingTimeout)
 	defer cancel()
 	if err := c.pgx.PgConn().Ping(ctx); err != nil {
+		c.lost = true
 		c.pool.newGeneration()
 		if ctx.Err() != nil {
 			return silent
@@ -247,51 +242,43 @@ func (c *conn) rollBack() {
 	if c.tx != nil && c.tx.Rollback(ctx) == nil {
 		return
 	}
-	if _, err := c.pgx.Exec(ctx, "ROLLBACK"); err != nil {
-		c.broken = true
-	}
+	_, _ = c.pgx.Exec(ctx, "ROLLBACK") // what comes of it shows in usable
 }
-
-// closeTimeout is how long closing a connection may take that is not known to be
-// broken.
-const closeTimeout = time.Second
 
 // terminate is the message of Postgres' protocol that ends a session.
 var terminate = []byte{'X', 0, 0, 0, 4}
 
-// close closes the connection. It closes the socket of a broken one at once,
-// because its server may never answer. Of any other it waits until the server has
-// closed its end, because a successor that comes earlier would be one connection
-// too many there.
-func (c *conn) close(broken bool) {
+// close closes the connection, and waits until the server has closed its end, because
+// a successor that comes earlier would be one connection too many there. It has the
+// server cancel what it is doing for the connection. How long that may take, the
+// socket's end decides.
+func (c *conn) close() {
 	// Hijack takes the connection from pgxpool, because pgxpool's own closing may
 	// take 15 s and keeps the place of the successor as long.
 	c.pooled.Hijack()
-	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
-	defer cancel()
 	pg := c.pgx.PgConn()
-	busy := pg.IsBusy()
+	inUse := c.taken || pg.IsBusy()
 	switch {
-	case broken:
+	case inUse:
+		c.socket.end(true, closeTimeout)
+	case c.lost:
+		c.socket.end(false, lostTimeout)
 	case pg.IsClosed():
-		// pgx has closed it amid a statement, and is asking the server to cancel
-		// that.
+		// pgx has closed it amid a statement. Mostly it is asking the server to cancel
+		// that, once.
 		select {
 		case <-pg.CleanupDone():
-		case <-ctx.Done():
+		case <-time.After(cancelEvery):
 		}
+		c.socket.end(true, closeTimeout)
 	default:
-		if busy {
-			_ = pg.CancelRequest(ctx)
-		}
 		_ = c.socket.SetDeadline(time.Now().Add(closeTimeout))
-		if _, err := c.socket.Write(terminate); err == nil {
-			_, _ = io.Copy(io.Discard, c.socket)
-		}
+		_, _ = pg.Conn().Write(terminate)
+		c.socket.end(false, closeTimeout)
 	}
-	_ = c.socket.Close()
-	if !busy { // else a goroutine that its job has forgotten may still use it
-		_ = c.pgx.Close(ctx)
+	<-c.socket.gone
+	if !inUse { // else a goroutine that its job has forgotten may still use it
+		_ = c.pgx.Close(context.Background())
 	}
 }
 

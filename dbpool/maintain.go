@@ -52,7 +52,7 @@ func (p *Pool) reportLeaks(now time.Time) {
 // Size are open and it has been idle for OverflowIdle. It reports whether it did.
 func (p *Pool) closeOneOverflow(now time.Time) bool {
 	p.mu.Lock()
-	if len(p.conns) <= p.cfg.Size || len(p.idle) == 0 || now.Sub(p.idle[0].idleSince) < p.cfg.OverflowIdle {
+	if len(p.conns)-p.count[stateClosing] <= p.cfg.Size || len(p.idle) == 0 || now.Sub(p.idle[0].idleSince) < p.cfg.OverflowIdle {
 		p.mu.Unlock()
 		return false
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"flag"
+	"io"
 	"log/slog"
 	"maps"
 	"os"
@@ -65,6 +66,9 @@ func TestPool_KeepsItsPromisesThroughAnyHistory(t *testing.T) {
 	}
 	t.Parallel()
 	databaseURL := testservers.Postgres(t)
+	if _, err := connect(t, databaseURL).Exec(t.Context(), "CREATE TABLE slow (n int, late text DEFAULT pg_sleep(10)::text)"); err != nil {
+		t.Fatal(err)
+	}
 	rapid.Check(t, func(rt *rapid.T) {
 		m := newModel(t, rt, databaseURL)
 		defer m.direct.Close(context.Background())
@@ -79,6 +83,7 @@ func TestPool_KeepsItsPromisesThroughAnyHistory(t *testing.T) {
 			"release":             m.release,
 			"query":               m.query,
 			"forget":              m.forget,
+			"abandon":             m.abandon,
 			"kill one in use":     m.killOneInUse,
 			"failover":            m.failover,
 			"validate":            m.validate,
@@ -178,7 +183,10 @@ func (m *model) check(rt *rapid.T) {
 	if s.CheckedIn+s.CheckedOut > n || n > m.limit || s.Overflow < n-s.PoolSize || s.Overflow > m.limit-s.PoolSize || s.Invalid > s.CheckedIn {
 		rt.Fatalf("the pool's figures for at most %d connections contradict each other: %+v", m.limit, s)
 	}
-	// One that a fault has cut off takes the server a moment to notice.
+	if n := len(m.backends(rt)); n > m.limit && m.proxy == nil {
+		rt.Fatalf("the server has %d connections of a pool of %d", n, m.limit)
+	}
+	// One that the proxy has cut off takes the server a moment to notice.
 	m.until(rt, "the server has no more connections of the pool's than it may", func() bool { return len(m.backends(rt)) <= m.limit })
 }
 
@@ -194,7 +202,7 @@ func (m *model) until(rt *rapid.T, what string, holds func() bool) {
 // backends are the server's processes behind the pool's connections.
 func (m *model) backends(rt *rapid.T) []uint32 {
 	rows, err := m.direct.Query(context.Background(), `SELECT pid FROM pg_stat_activity
-		WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend' ORDER BY pid`)
+		WHERE datname = current_database() AND application_name = 'carpool' ORDER BY pid`)
 	if err != nil {
 		rt.Fatal(err)
 	}
@@ -391,6 +399,34 @@ func (m *model) forget(rt *rapid.T) {
 	if u := l.borrower.End(); u.Leaked != 1 || u.Acquires != 1 {
 		rt.Fatalf("the borrower forgot one connection; its usage is %+v", u)
 	}
+	m.drop(rt, i)
+}
+
+// abandon gives back a connection for which the server is at work. It would be for
+// less than giveUp, because a fault that comes now may keep the pool's word from it.
+func (m *model) abandon(rt *rapid.T) {
+	i, l := m.pick(rt)
+	if l.broken {
+		rt.Skip("broken already")
+	}
+	ctx, cancel := context.WithTimeout(l.ctx, time.Duration(rapid.IntRange(0, 20).Draw(rt, "ms"))*time.Millisecond)
+	defer cancel()
+	const sleep = "SELECT pg_sleep(10)"
+	pg := l.conn.Conn().PgConn()
+	switch rapid.SampledFrom([]string{"statement", "copy in", "copy out", "rows", "close"}).Draw(rt, "way") {
+	case "statement":
+		_, _ = l.conn.Exec(ctx, sleep)
+	case "copy in":
+		_, _ = pg.CopyFrom(ctx, endless{}, "COPY slow (n) FROM STDIN")
+	case "copy out":
+		_, _ = pg.CopyTo(ctx, io.Discard, "COPY ("+sleep+") TO STDOUT")
+	case "rows":
+		pg.Exec(ctx, sleep)
+	case "close":
+		pg.Exec(ctx, sleep)
+		_ = l.conn.Conn().Close(ctx)
+	}
+	l.conn.Release()
 	m.drop(rt, i)
 }
 

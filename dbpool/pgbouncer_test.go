@@ -3,8 +3,10 @@
 package dbpool_test
 
 import (
+	"context"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 
@@ -48,4 +50,24 @@ func TestPool_WorksThroughPgBouncerInTransactionMode(t *testing.T) {
 	if err := p.QueryRow(t.Context(), "SELECT count(*) FROM t WHERE n >= $1", 0).Scan(&n); err != nil || n != 8*25 {
 		t.Errorf("%d rows, %v", n, err)
 	}
+}
+
+func TestPool_CancelsAbandonedStatementsThroughPgBouncer(t *testing.T) {
+	t.Parallel()
+	l := lock(t, testservers.Postgres(t))
+	p := openOn(t, testservers.PgBouncer(t, l.url), func(c *dbpool.Config) { c.ThroughPooler = true })
+	var jobs sync.WaitGroup
+	for range 2 { // as many as the pooler has connections of its own
+		jobs.Go(func() {
+			c := acquire(t, p)
+			defer c.Release()
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			time.AfterFunc(100*time.Millisecond, cancel)
+			_ = abandoned[longCopy](ctx, p, c)
+		})
+	}
+	jobs.Wait()
+	within(t, gone, "no statement is at work", func() bool { return l.connections(t, atWork) == 0 })
+	mustWork(t, p, "statements were abandoned")
 }

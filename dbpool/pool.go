@@ -58,7 +58,7 @@ type Pool struct {
 	cancel      context.CancelFunc
 	maintenance sync.WaitGroup
 
-	sockets sockets
+	sockets *sockets
 
 	// generation grows with each fault that other connections may have suffered
 	// too. A connection that was verified in an earlier generation is stale.
@@ -109,6 +109,7 @@ func Open(_ context.Context, cfg Config) (*Pool, error) {
 	if p.log == nil {
 		p.log = slog.Default()
 	}
+	p.sockets = newSockets(p.log)
 	pgxCfg, err := p.pgxConfig()
 	if err != nil {
 		return nil, fmt.Errorf("dbpool: %w", err)
@@ -189,13 +190,11 @@ func (a *acquirer) run() (*conn, error) {
 		}
 		switch {
 		case p.ctx.Err() != nil:
-			p.detach(c)
 			p.destroy(c, closedWithPool)
 			return nil, ErrClosed
 		case c.expired(a.now) && !recycled && p.mayRecycle(a.now):
 			recycled = true // once for each caller, because a very short Recycle would keep it here for ever
-			p.detach(c)
-			go p.destroy(c, closedRecycled)
+			p.destroyLater(c, closedRecycled)
 			continue
 		case !p.cfg.PrePing || c.looksAlive(a.now):
 			return c, nil
@@ -207,7 +206,6 @@ func (a *acquirer) run() (*conn, error) {
 		if health == alive {
 			return c, nil
 		}
-		p.detach(c)
 		p.destroy(c, closedBroken)
 		if health == silent {
 			stale := p.detachStale()
@@ -338,14 +336,11 @@ func (p *Pool) release(c *conn, reason closeReason) {
 	c.fresh = false
 	switch {
 	case c.broken:
-		p.detach(c)
-		p.destroy(c, closedBroken)
+		p.destroyLater(c, closedBroken)
 	case c.pgx.IsClosed() || !c.usable():
-		p.detach(c)
-		go p.destroy(c, reason) // in the background, because it waits for the server
+		p.destroyLater(c, reason)
 	case c.expired(now) && p.mayRecycle(now):
-		p.detach(c)
-		go p.destroy(c, closedRecycled)
+		p.destroyLater(c, closedRecycled)
 	default:
 		c.idleSince = now
 		p.putBack(c)
@@ -386,7 +381,8 @@ func (p *Pool) pingAll(conns []*conn) int {
 	var pings sync.WaitGroup
 	for i, c := range conns {
 		pings.Go(func() {
-			if full && i == 0 || c.ping() != alive {
+			c.lost = full && i == 0
+			if c.lost || c.ping() != alive {
 				closed.Add(1)
 				p.destroy(c, closedBroken)
 			} else {
@@ -435,7 +431,8 @@ const connectBackoff = 250 * time.Millisecond
 //
 // If it fails, the first waiter gets the error, provided that no other connection
 // is open that may come free for him, and that he was waiting when the attempt
-// began; for one who came later another attempt is made.
+// began; for one who came later another attempt is made. The attempt's place stays
+// taken until the server has given up on it too.
 func (p *Pool) connect(c *conn) error {
 	began := time.Now()
 	c.verified = p.generation.Load()
@@ -455,9 +452,9 @@ func (p *Pool) connect(c *conn) error {
 		}
 		return nil
 	}
-	p.setState(c, stateClosed)
+	p.abandonAttempt(c)
 	p.counts.ConnectErrors++
-	if len(p.conns) > p.count[stateConnecting] {
+	if len(p.conns) > p.count[stateConnecting]+p.count[stateClosing] {
 		if !p.backingOff {
 			p.backingOff = true
 			time.AfterFunc(connectBackoff, p.endBackoff)
@@ -471,6 +468,26 @@ func (p *Pool) connect(c *conn) error {
 	return err
 }
 
+// abandonAttempt ends what a failed attempt to connect has left at the server. The
+// caller holds the lock.
+func (p *Pool) abandonAttempt(c *conn) {
+	left := p.sockets.of(c)
+	if len(left) == 0 {
+		p.setState(c, stateClosed)
+		return
+	}
+	p.setState(c, stateClosing)
+	for _, s := range left {
+		s.end(true, closeTimeout) // AfterConnect may have left something
+	}
+	go func() {
+		for _, s := range left {
+			<-s.gone
+		}
+		p.vacate(c)
+	}()
+}
+
 func (p *Pool) endBackoff() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -478,13 +495,15 @@ func (p *Pool) endBackoff() {
 	p.connectForWaiters()
 }
 
-// closeGrace is how long Close waits for connections that are lent.
+// closeGrace is how long Close waits for connections that are lent, and then as long
+// again for the server to end what it does for them.
 const closeGrace = 2 * time.Second
 
 // Close closes all connections, and ends the wait of those who wait for one with
 // [ErrClosed]. Connections that are lent have 2 s to be released; then Close logs
 // who holds them and closes them too, so that a leak can't keep a program from
-// ending. Closing twice is safe.
+// ending. What the server still does for any of them is cancelled, and its end is
+// waited for: that takes milliseconds, and 2 s more at most. Closing twice is safe.
 func (p *Pool) Close() {
 	p.mu.Lock()
 	first := !p.closed
@@ -499,8 +518,10 @@ func (p *Pool) Close() {
 	}
 	p.mu.Unlock()
 	p.cancel()
-	for giveUp := time.Now().Add(closeGrace); !p.allClosed(time.Now().After(giveUp)); {
-		time.Sleep(5 * time.Millisecond)
+	for began := time.Now(); !p.allClosed(time.Since(began) > closeGrace); time.Sleep(5 * time.Millisecond) {
+		if time.Since(began) > 2*closeGrace {
+			p.sockets.closeAll()
+		}
 	}
 	p.maintenance.Wait()
 	if first {
@@ -522,11 +543,9 @@ func (p *Pool) allClosed(force bool) bool {
 			continue // it is being checked, or was released just now
 		}
 		p.log.Warn("a connection was not given back before the pool was closed", c.holderAttrs(time.Now())...)
-		p.counts.ClosedLeaked++
-		p.setState(c, stateClosed)
-		// Whoever still uses it gets an error from the socket.
-		_ = c.socket.Close()
-		c.pooled.Hijack()
+		c.taken = true // whoever still uses it gets an error from the socket
+		p.beginClosing(c, closedLeaked)
+		go p.finishClosing(c)
 	}
 	return len(p.conns) == 0
 }

@@ -8,14 +8,16 @@ import (
 // state is what a connection is doing. These are the ways from one to another:
 //
 //	closed ───▶ connecting ───▶ idle ◀────▶ acquired
-//	 ▲ ▲ ▲          │           │  ▲         │  │
-//	 │ │ └──failed──┘           ▼  │         │  │
-//	 │ └────────────────────── detached ◀────┘  │
-//	 └───────── still held when Close ends ─────┘
+//	   ▲            │           │  ▲         │  │
+//	   │            │           ▼  │         │  │
+//	   │          failed       detached ◀────┘  │
+//	   │            ▼              ▼            │
+//	   └───────────────────────── closing ◀─────┘
 //
 // Whatever would become idle becomes acquired at once if somebody waits, and
 // detached if the pool is closed. A detached connection is out of everybody's
-// reach while it is pinged, which makes it idle again, or while it is closed.
+// reach while it is pinged, which makes it idle again. One that is closing keeps its
+// place until the server has closed its end too.
 type state int
 
 const (
@@ -23,7 +25,8 @@ const (
 	stateConnecting              // connect opens it
 	stateIdle                    // it waits in Pool.idle to be acquired
 	stateAcquired                // a caller checks it before its loan, or has it on loan
-	stateDetached                // the pool pings it or closes it
+	stateDetached                // the pool pings it, or is about to close it
+	stateClosing                 // the pool waits for the server to close its end
 	numStates
 )
 
@@ -109,13 +112,26 @@ const (
 	closedLeaked                      // its borrower forgot it, and left it in a bad state
 )
 
-// destroy closes a detached connection, counts it, and opens another one in its
-// place if somebody waits.
+// destroy closes a connection that is out of everybody's reach, counts it, and opens
+// another one in its place if somebody waits.
 func (p *Pool) destroy(c *conn, reason closeReason) {
-	c.close(reason == closedBroken)
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.setState(c, stateClosed)
+	p.beginClosing(c, reason)
+	p.mu.Unlock()
+	p.finishClosing(c)
+}
+
+// destroyLater is destroy for a caller that doesn't wait for the server.
+func (p *Pool) destroyLater(c *conn, reason closeReason) {
+	p.mu.Lock()
+	p.beginClosing(c, reason)
+	p.mu.Unlock()
+	go p.finishClosing(c)
+}
+
+// beginClosing is the part of destroy that takes no time. The caller holds the lock.
+func (p *Pool) beginClosing(c *conn, reason closeReason) {
+	p.setState(c, stateClosing)
 	switch reason {
 	case closedBroken, closedUnfit:
 		p.counts.ClosedBroken++
@@ -126,5 +142,17 @@ func (p *Pool) destroy(c *conn, reason closeReason) {
 	case closedLeaked:
 		p.counts.ClosedLeaked++
 	}
+}
+
+func (p *Pool) finishClosing(c *conn) {
+	c.close()
+	p.vacate(c)
+}
+
+// vacate gives the place of a connection that is closed to whoever waits.
+func (p *Pool) vacate(c *conn) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.setState(c, stateClosed)
 	p.connectForWaiters()
 }
