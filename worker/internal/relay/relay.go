@@ -177,6 +177,12 @@ func (r *Relay) session(ctx context.Context) error {
 		closeCtx, cancel := context.WithTimeout(context.Background(), time.Second)
 		defer cancel()
 		_ = conn.Close(closeCtx)
+		// A batch that was given up is cancelled by pgx in the background. It keeps its rows
+		// locked until then, and the worker may be about to exit.
+		select {
+		case <-conn.PgConn().CleanupDone():
+		case <-closeCtx.Done():
+		}
 	}()
 	if !r.cfg.DB.ThroughPooler {
 		if err := r.listen(ctx, conn); err != nil {

@@ -549,6 +549,33 @@ func TestRelay_StopsWhilePostgresIsSilent(t *testing.T) {
 	}
 }
 
+func TestRelay_StoppedAmidABatchThatWaitsLeavesNothingAtWork(t *testing.T) {
+	t.Parallel()
+	o := setupOutbox(t)
+	holder, err := pgx.Connect(t.Context(), o.databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer holder.Close(context.Background())
+	if _, err := holder.Exec(t.Context(), "BEGIN; LOCK TABLE carpool.outbox"); err != nil {
+		t.Fatal(err)
+	}
+	r := o.startRelay(t)
+	atWork := func() (n int) {
+		t.Helper()
+		if err := o.db.QueryRow(t.Context(), `SELECT count(*) FROM pg_stat_activity
+			WHERE datname = current_database() AND application_name = 'carpool relay' AND state = 'active'`).Scan(&n); err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	o.until(t, "the relay waits for the lock", func() bool { return atWork() == 1 })
+	r.Stop()
+	if n := atWork(); n != 0 {
+		t.Errorf("the relay has stopped, and %d of its statements are at work", n)
+	}
+}
+
 func TestRelay_PollsWhereItCanNotListen(t *testing.T) {
 	t.Parallel()
 	o := setupOutbox(t)
