@@ -331,7 +331,7 @@ func TestPool_KeepsItsSizeWhenTheServerTakesLongToLetItIn(t *testing.T) {
 	if _, err := holder.Exec(t.Context(), "ROLLBACK"); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "it is let in", func() bool { return p.Ping(t.Context()) == nil })
+	testservers.Eventually(t, "it is let in", func() bool { return p.Ping(t.Context()) == nil })
 }
 
 func TestPool_CloseLeavesNothingAtWork(t *testing.T) {
@@ -353,7 +353,7 @@ func TestPool_CloseLeavesNothingAtWork(t *testing.T) {
 	jobs.Go(func() { copyIn(ctx) })
 	jobs.Go(func() { copyIn(context.Background()) })
 	jobs.Go(func() { _, _ = p.Exec(context.Background(), sleep) })
-	eventually(t, "all are at work", func() bool { return l.connections(t, atWork) == 3 })
+	testservers.Eventually(t, "all are at work", func() bool { return l.connections(t, atWork) == 3 })
 	cancel()
 	p.Close()
 	if n := l.connections(t, "true"); n != 0 {
@@ -367,7 +367,7 @@ func TestPool_CloseLeavesNothingAtWork(t *testing.T) {
 
 func TestPool_WaitsForAServerThatDoesNotEndAStatementNoLongerThanItSays(t *testing.T) {
 	t.Parallel()
-	var log syncBuffer
+	var log testservers.Log
 	l := lock(t, testservers.Postgres(t))
 	p := openOn(t, l.url, func(c *dbpool.Config) {
 		c.Size, c.MaxOverflow = 1, 0
@@ -376,7 +376,7 @@ func TestPool_WaitsForAServerThatDoesNotEndAStatementNoLongerThanItSays(t *testi
 	ctx, cancel := context.WithCancel(t.Context())
 	var job sync.WaitGroup
 	job.Go(func() { _, _ = p.Exec(ctx, stubborn("1000")) })
-	eventually(t, "it is at work", func() bool { return l.connections(t, atWork) == 1 })
+	testservers.Eventually(t, "it is at work", func() bool { return l.connections(t, atWork) == 1 })
 	cancel()
 	began := time.Now()
 	job.Wait()
@@ -411,7 +411,7 @@ func (l *locked) throughProxy(ctx context.Context, t *testing.T, ways ...string)
 			}
 		})
 	}
-	eventually(t, "all are at work", func() bool { return l.connections(t, atWork) == len(ways) })
+	testservers.Eventually(t, "all are at work", func() bool { return l.connections(t, atWork) == len(ways) })
 	return p, proxy, &jobs
 }
 

@@ -764,7 +764,7 @@ func TestImport_WaitsForAReaderLongerThanTheRolesSessionsMayBeIdle(t *testing.T)
 	defer i.DB.Close()
 	want(t, "the setting", i.rows(t, "SHOW idle_in_transaction_session_timeout"), []string{"200ms"})
 	done := start(func() error { _, err := i.run(t, "replace", "new\n2\n3\n"); return err })
-	until(t, "the import has waited once, and pauses in its transaction", func() bool {
+	testservers.Eventually(t, "the import has waited once, and pauses in its transaction", func() bool {
 		return len(i.rows(t, `SELECT 1 FROM pg_stat_activity WHERE state = 'idle in transaction' AND datname = current_database()
 			AND state_change < clock_timestamp() - interval '500ms' AND query LIKE 'rollback to%'`)) == 1
 	})

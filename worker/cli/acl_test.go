@@ -17,6 +17,7 @@ import (
 	"github.com/hibiken/asynq"
 
 	"github.com/carpool-go/carpool/internal/asynqwire"
+	"github.com/carpool-go/carpool/internal/testservers"
 	"github.com/carpool-go/carpool/tasks"
 	"github.com/carpool-go/carpool/tasks/maintenance"
 	"github.com/carpool-go/carpool/tasks/rowsprune"
@@ -32,7 +33,7 @@ func aclUsers(t *testing.T, b *bundle) map[string]string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	rdb, u := b.Redis(t), mustParse(t, b.RedisURL)
+	rdb, u := b.Redis(t), testservers.ParseURL(t, b.RedisURL)
 	urls := make(map[string]string)
 	for _, m := range regexp.MustCompile(`(?m)^ACL SETUSER (\w+) on >PASSWORD (.*)$`).FindAllStringSubmatch(string(docs), -1) {
 		name, rules := m[1]+"-of-"+strings.Trim(u.Path, "/"), m[2] // users are the server's, not the database's
@@ -149,7 +150,7 @@ func TestACL_TheUsersOfTheDocsCanDoTheirPartAndNoMore(t *testing.T) {
 		}
 	}
 	refused("enqueue, a unique key", ignore(only.Enqueue(t.Context(), maintenance.Prune{}, unique)))
-	b.exec(t, "CREATE TABLE events (at date); SELECT carpool.enqueue('rows:prune', '{\"table\": \"events\", \"column\": \"at\", \"older_than\": \"1d\"}', retention => '1 h', queue => 'low')")
+	b.Exec(t, "CREATE TABLE events (at date); SELECT carpool.enqueue('rows:prune', '{\"table\": \"events\", \"column\": \"at\", \"older_than\": \"1d\"}', retention => '1 h', queue => 'low')")
 	workertest.Eventually(t, "the outbox's job is done", func() bool {
 		info, err := b.Inspector.GetQueueInfo("low")
 		return err == nil && info.Completed == 1
@@ -227,7 +228,7 @@ func TestACL_TheUsersOfTheDocsCanDoTheirPartAndNoMore(t *testing.T) {
 	})
 	for _, never := range []string{"FLUSHALL", "SHUTDOWN", "DEBUG", "REPLICAOF", "MODULE"} { // is not tried where others work
 		for user := range users {
-			said, err := b.Redis(t).Do(t.Context(), "ACL", "DRYRUN", mustParse(t, users[user]).User.Username(), never, "x", "y").Text()
+			said, err := b.Redis(t).Do(t.Context(), "ACL", "DRYRUN", testservers.ParseURL(t, users[user]).User.Username(), never, "x", "y").Text()
 			if err == nil && said == "OK" {
 				t.Errorf("%s may do %s", user, never)
 			}

@@ -475,7 +475,7 @@ func TestEnqueue_EveryBuiltInKindRunsEndToEnd(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "cities.csv"), []byte("city,zip\nHoltsville,00501\nBoston,02108\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	b.exec(t, "CREATE TABLE events AS SELECT '2000-01-01'::date AS at")
+	b.Exec(t, "CREATE TABLE events AS SELECT '2000-01-01'::date AS at")
 	b.Start(t, append(w.env(), "IMPORT_DIR="+dir, "PRUNE_ALLOW=public.events")...)
 	for _, c := range []struct{ kind, payload, want string }{
 		{"csv:import", `{"source":"file:///cities.csv","table":"cities","mode":"replace"}`, `"rows":2`},
@@ -520,7 +520,7 @@ func TestRun_OfPayloadsNothingIsShownButHostsAndNamesOfTables(t *testing.T) {
 	}))
 	t.Cleanup(rude.Close)
 	host := strings.TrimPrefix(rude.URL, "http://")
-	b.exec(t, "CREATE TABLE events (at date)")
+	b.Exec(t, "CREATE TABLE events (at date)")
 	p := b.Start(t, "OUTBOUND_ALLOW=127.0.0.1", "WEBHOOK_SECRET="+webhookSecret, "IMPORT_DIR="+t.TempDir(), "PRUNE_ALLOW=public.events", "DB_ECHO=true")
 	url := "http://user:s3cret@" + host + "/s3cret?token=s3cret#s3cret"
 	for _, c := range []struct{ kind, payload, shown string }{
