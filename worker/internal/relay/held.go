@@ -34,13 +34,13 @@ const (
 	// reason of Redis', and they wait as in an outage.
 	maxHeld = 500
 	// maxTries is how often a large row is tried before it is rejected.
-	maxTries = 3
+	maxTries = 4
 	// largeSize is from where on a payload's size may be why it is not taken, which is below
 	// the limits of Redis and its like: 1 MB at least.
 	largeSize = 256 << 10
 	// holdFirst is the time between a row's first two tries. It becomes four times as much
 	// with each, up to holdLongest.
-	holdFirst   = 200 * time.Millisecond
+	holdFirst   = 500 * time.Millisecond
 	holdLongest = time.Minute
 	// askTimeout bounds the question whether Redis answers.
 	askTimeout = time.Second

@@ -2,6 +2,7 @@
 package relay
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -68,6 +69,8 @@ type Config struct {
 	// PollEvery is how often the relay looks for rows without having been notified; 0 is
 	// a second, or a quarter of one through a pooler.
 	PollEvery time.Duration
+
+	batchBytes int // for tests; 0 is batchBytes
 }
 
 const (
@@ -120,6 +123,7 @@ func New(cfg Config) (*Relay, error) {
 	default:
 		cfg.PollEvery = poll
 	}
+	cfg.batchBytes = cmp.Or(cfg.batchBytes, batchBytes)
 	caughtUp := make(chan struct{})
 	r := &Relay{
 		cfg: cfg, connConfig: pool.ConnConfig, kinds: cfg.Tasks.Kinds(),
@@ -317,7 +321,7 @@ type batch struct {
 
 // moveNext moves the next batch, and then one of the rows that are held, if no others wait.
 func (r *Relay) moveNext(ctx context.Context, conn *pgx.Conn) (*batch, error) {
-	all := outbox.Choice{Kinds: r.kinds, Except: r.held.ids(), Limit: batchSize, Bytes: batchBytes}
+	all := outbox.Choice{Kinds: r.kinds, Except: r.held.ids(), Limit: batchSize, Bytes: r.cfg.batchBytes}
 	b, err := r.move(ctx, conn, all)
 	if err != nil || b.redisErr != nil || b.more {
 		return b, err
@@ -326,7 +330,7 @@ func (r *Relay) moveNext(ctx context.Context, conn *pgx.Conn) (*batch, error) {
 	if !due {
 		return b, nil
 	}
-	alone, err := r.move(ctx, conn, outbox.Choice{Kinds: r.kinds, Only: id, Limit: 1, Bytes: batchBytes})
+	alone, err := r.move(ctx, conn, outbox.Choice{Kinds: r.kinds, Only: id, Limit: 1, Bytes: r.cfg.batchBytes})
 	if err != nil {
 		return nil, err
 	}
