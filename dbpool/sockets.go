@@ -156,7 +156,6 @@ func (s *socket) note(err error) error {
 }
 
 func (s *socket) SetDeadline(t time.Time) error { return s.setDeadline(s.Conn.SetDeadline, t) }
-
 func (s *socket) SetReadDeadline(t time.Time) error { return s.setDeadline(s.Conn.SetReadDeadline, t) }
 
 func (s *socket) SetWriteDeadline(t time.Time) error {
@@ -220,9 +219,9 @@ const (
 )
 
 // end gives the socket up in the background; whoever still uses it gets an error. It
-// tells the server that nothing more comes, waits up to patience
-// until the server has closed its end, and closes the socket. If the server may be at
-// work, it has that cancelled. Only the first call counts.
+// tells the server that nothing more comes, waits up to patience until the server has
+// closed its end, and closes the socket. If the server may be at work, it has that
+// cancelled. Only the first call counts.
 func (s *socket) end(atWork bool, patience time.Duration) {
 	s.mu.Lock()
 	if s.givenUp.Swap(true) {

@@ -352,6 +352,71 @@ func TestRun_SecondSignalExitsAtOnce(t *testing.T) {
 	p.Log.Wait(t, `"because_of":"a second signal"`)
 }
 
+func TestRun_ImportsThatAreCancelledOrCutOffLeaveNothingAtWorkInPostgres(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	for _, sql := range []string{
+		"CREATE TABLE imports.t (a text)",
+		"CREATE FUNCTION dawdle() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.2); RETURN NEW; END'",
+		"CREATE TRIGGER dawdle BEFORE INSERT ON imports.t FOR EACH ROW EXECUTE FUNCTION dawdle()",
+	} {
+		b.Exec(t, sql)
+	}
+	conn, err := pgx.Connect(t.Context(), b.DatabaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.Background())
+	connections := func(where string) (n int) {
+		t.Helper()
+		if err := conn.QueryRow(t.Context(), `SELECT count(*) FROM pg_stat_activity
+			WHERE datname = current_database() AND application_name LIKE 'carpool%' AND `+where).Scan(&n); err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	const importing = "query LIKE 'COPY %' AND state = 'active'"
+	dir := t.TempDir()
+	// More than the network holds, so that pgx is amid sending it; what that holds is work
+	// for minutes.
+	if err := os.WriteFile(filepath.Join(dir, "t.csv"), []byte("a\n"+strings.Repeat(strings.Repeat("x", 8000)+"\n", 2000)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+
+	p := b.Start(t, "IMPORT_DIR="+dir, "DB_POOL_SIZE=2", "DB_MAX_OVERFLOW=1", "WORKER_SHUTDOWN_TIMEOUT=100ms")
+	for range 2 {
+		var ids []string
+		for range 2 {
+			stdout, stderr, code := b.run(t, nil, "enqueue", "csv:import", `{"source":"file:///t.csv","table":"t","mode":"append"}`)
+			if code != 0 {
+				t.Fatal(stderr)
+			}
+			ids = append(ids, strings.TrimSpace(stdout))
+		}
+		workertest.Eventually(t, "the imports are at work", func() bool { return connections(importing) == 2 })
+		for _, id := range ids {
+			if _, stderr, code := b.run(t, nil, "cancel", id); code != 0 {
+				t.Error(stderr)
+			}
+		}
+		workertest.Eventually(t, "no import is at work", func() bool { return connections(importing) == 0 })
+		if n := connections("true"); n > 2+1+1 {
+			t.Errorf("the server has %d connections of a worker that has 4", n)
+		}
+	}
+	if _, stderr, code := b.run(t, nil, "enqueue", "csv:import", `{"source":"file:///t.csv","table":"t","mode":"append"}`); code != 0 {
+		t.Fatal(stderr)
+	}
+	workertest.Eventually(t, "the import is at work", func() bool { return connections(importing) == 1 })
+	p.Signal(t, syscall.SIGTERM)
+	if code := p.Exit(t); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+	if n := connections("state <> 'idle'"); n != 0 {
+		t.Errorf("the worker has ended, and %d of its connections are at work", n)
+	}
+}
+
 // As timeout(1) does it, which signals the process and its group.
 func TestRun_TwoSignalsAtOnceAreOne(t *testing.T) {
 	t.Parallel()
