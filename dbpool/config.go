@@ -80,7 +80,7 @@ func DefaultConfig(url string) Config {
 const mostConnections = 262143
 
 // Validate returns an error that names every fault of the configuration, nil if there
-// is none. The error never shows the URL, because that may hold a password.
+// is none. The error never shows the URL's password, nor what is behind its ?.
 func (c Config) Validate() error {
 	var faults []string
 	if _, err := c.parseURL(); err != nil {
@@ -139,10 +139,33 @@ func (c Config) parseURL() (*pgxpool.Config, error) {
 	// The part behind the URL says which setting is wrong.
 	decoded, undecodable := url.PathUnescape(password)
 	_, reason, ok := strings.Cut(err.Error(), "`: ")
+	reason = withoutQuery(reason, c.URL)
 	if !ok || rest == "" || undecodable != nil || strings.Contains(c.URL, "password=") || decoded != "" && strings.Contains(reason, decoded) {
 		return nil, errors.New("the URL can't be read; " + wantURL)
 	}
 	return nil, fmt.Errorf("the URL has a wrong setting: %s", reason)
+}
+
+// withoutQuery returns pgx's reason why a URL is wrong without what the URL has behind its ?,
+// which may hold secrets as well. pgx names the setting first, and then, behind a colon or
+// in parentheses, its value in many forms.
+func withoutQuery(reason, rawURL string) string {
+	_, query, ok := strings.Cut(rawURL, "?")
+	if !ok {
+		return reason
+	}
+	for param := range strings.SplitSeq(query, "&") {
+		if name, _, named := strings.Cut(param, "="); !named || name == "" {
+			return "a parameter behind the ? is not name=value"
+		}
+	}
+	if end := strings.IndexAny(reason, ":("); end >= 0 {
+		reason = strings.TrimSpace(reason[:end])
+	}
+	if strings.HasSuffix(reason, "configure TLS") {
+		reason += "; sslmode is unknown, or a file that an ssl parameter names can't be used"
+	}
+	return reason
 }
 
 // splitURL returns the password of a URL, still encoded, and the hosts with the path,

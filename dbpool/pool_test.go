@@ -636,6 +636,37 @@ func TestOpen_NamesEveryFaultAndNoPassword(t *testing.T) {
 	}
 }
 
+func TestOpen_ShowsNothingOfAURLsQuery(t *testing.T) {
+	t.Parallel()
+	for query, want := range map[string]string{
+		"s3cret":                         "a parameter behind the ? is not name=value",
+		"sslmode=disable&s3cret":         "a parameter behind the ? is not name=value",
+		"pool_max_conns=s3cret%22":       "cannot parse pool_max_conns",
+		"target_session_attrs=s3%63ret":  "unknown target_session_attrs value",
+		"connect_timeout=s3cret":         "invalid connect_timeout",
+		"min_protocol_version=s3cret":    "invalid min_protocol_version",
+		"default_query_exec_mode=s3cret": "invalid default_query_exec_mode",
+		"sslrootcert=/s3cret":            "failed to configure TLS; sslmode is unknown, or a file that an ssl parameter names can't be used",
+		"sslmode=s3cret":                 "failed to configure TLS; sslmode is unknown, or a file that an ssl parameter names can't be used",
+		"service=s&servicefile=/s3cret":  "failed to read service",
+		"a=1;s3cret=2":                   "failed to parse as URL",
+		"%zzs3cret=1":                    "failed to parse as URL",
+	} {
+		cfg := dbpool.DefaultConfig("postgres://u:hush@localhost/x?" + query)
+		_, err := dbpool.Open(t.Context(), cfg)
+		if err == nil || !strings.HasSuffix(err.Error(), "dbpool: the URL has a wrong setting: "+want) {
+			t.Errorf("%s: %v", query, err)
+		}
+		if err := cfg.Validate(); err == nil || strings.Contains(err.Error(), "s3cret") || strings.Contains(err.Error(), "hush") {
+			t.Errorf("%s: Validate: %v", query, err)
+		}
+	}
+	cfg := dbpool.DefaultConfig("postgres://u:hush@localhost:port/x")
+	if err := cfg.Validate(); err == nil || !strings.Contains(err.Error(), "invalid port") {
+		t.Errorf("a wrong port: %v", err)
+	}
+}
+
 func TestPool_ServerThatIsDownIsAnErrorAtOnce(t *testing.T) {
 	t.Parallel()
 	p, proxy := proxied(t, nil)

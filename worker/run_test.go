@@ -86,6 +86,14 @@ func TestRun_ThatEndsBeforeItHasStartedReturnsTheCause(t *testing.T) {
 	}
 }
 
+func TestMigrate_ShowsNothingOfAWrongURL(t *testing.T) {
+	t.Parallel()
+	err := worker.Migrate(t.Context(), "postgres://u:s3cr3t@localhost/x?s3cr3t", workertest.Discard())
+	if err == nil || !strings.Contains(err.Error(), "a parameter behind the ? is not name=value") || strings.Contains(err.Error(), "s3cr3t") {
+		t.Errorf("error %v", err)
+	}
+}
+
 func TestConfig_ValidateNamesEveryFaultAndNoSecret(t *testing.T) {
 	t.Parallel()
 	prune := maintenance.Prune{}

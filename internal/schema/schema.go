@@ -19,6 +19,8 @@ import (
 	"github.com/pressly/goose/v3"
 	"github.com/pressly/goose/v3/database"
 	"github.com/pressly/goose/v3/lock"
+
+	"github.com/carpool-go/carpool/dbpool"
 )
 
 //go:embed migrations/*.sql
@@ -100,6 +102,9 @@ func newest() int64 {
 const connectTimeout = 5 * time.Second
 
 func open(url string) (*sql.DB, *goose.Provider, error) {
+	if err := dbpool.DefaultConfig(url).Validate(); err != nil { // which doesn't show the URL, as pgx does
+		return nil, nil, fmt.Errorf("schema: %w", err)
+	}
 	cfg, err := pgxpool.ParseConfig(url) // it takes the settings of a pool out of the URL, which Postgres doesn't know
 	if err != nil {
 		return nil, nil, fmt.Errorf("schema: %w", err)

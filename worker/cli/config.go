@@ -190,8 +190,6 @@ func (f *faults) databaseURL(value string) string {
 		f.add("DATABASE_URL", "is given as a flag with a password in it, "+flagsAreSeen, exampleDatabaseURL)
 	case !strings.HasPrefix(value, "postgres://") && !strings.HasPrefix(value, "postgresql://"):
 		f.add("DATABASE_URL", "is wrong: it must begin with postgres:// or postgresql://", exampleDatabaseURL)
-	case bareParam.MatchString(redactURL(value)): // pgx' error would show it
-		f.add("DATABASE_URL", "is wrong: a parameter of the URL has no value", exampleDatabaseURL)
 	default:
 		if err := dbpool.DefaultConfig(value).Validate(); err != nil {
 			f.add("DATABASE_URL", "is wrong: "+strings.TrimPrefix(err.Error(), "dbpool: "), exampleDatabaseURL)
@@ -333,9 +331,6 @@ var shownParam = regexp.MustCompile(`^(?i:ssl(mode|rootcert|cert|crl|sni|negotia
 	`(min|max)_protocol_version|keepalives\w*|tcp_user_timeout|load_balance_hosts|client_encoding|search_path|timezone|` +
 	`\w*_timeout|statement_cache_\w+|description_cache_\w+|default_query_exec_mode|default_transaction_\w+|` +
 	`pool_\w+|master|db|protocol)$`)
-
-// bareParam matches a parameter without a name in what redactURL returns.
-var bareParam = regexp.MustCompile(`[?&]\*\*\*`)
 
 // redactURL returns the URL as it may be shown: with *** for its password, and for the
 // values of parameters that are not known to be harmless. All of a text is *** in which a
