@@ -106,6 +106,40 @@ func TestEnqueueTx_WritesTheOutboxIfTheTransactionCommits(t *testing.T) {
 	}
 }
 
+func TestOutbox_ARowThatIsWrittenByHandGoesThroughATwoPhaseCommitAndEnqueueDoesNot(t *testing.T) {
+	t.Parallel()
+	kit := outbox(t)
+	gid := "carpool " + strings.TrimPrefix(kit.DatabaseURL[strings.LastIndex(kit.DatabaseURL, "/"):], "/")
+	prepare := func(enqueue string) error {
+		conn, err := kit.DB.Acquire(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Release()
+		_, err = conn.Exec(t.Context(), "BEGIN; "+enqueue+"; PREPARE TRANSACTION '"+gid+"'", pgx.QueryExecModeSimpleProtocol)
+		if err != nil {
+			_, _ = conn.Exec(t.Context(), "ROLLBACK")
+		}
+		return err
+	}
+	err := prepare(`SELECT carpool.enqueue('parcel:send', '{"to": "Ada", "count": 1}')`)
+	if e, ok := errors.AsType[*pgconn.PgError](err); !ok || e.Code != pgerrcode.FeatureNotSupported || !strings.Contains(e.Message, "NOTIFY") {
+		t.Errorf("carpool.enqueue: %v; docs/delivery.md says that it can't be prepared", err)
+	}
+	if err := prepare(`INSERT INTO carpool.outbox (id, kind, payload) VALUES (gen_random_uuid(), 'parcel:send', '{"to": "Ada", "count": 1}')`); err != nil {
+		t.Fatal(err)
+	}
+	if rows := outboxRows(t, kit); len(rows) != 0 {
+		t.Errorf("before its commit the outbox has %v", rows)
+	}
+	if _, err := kit.DB.Exec(t.Context(), "COMMIT PREPARED '"+gid+"'", pgx.QueryExecModeSimpleProtocol); err != nil {
+		t.Fatal(err)
+	}
+	if rows := outboxRows(t, kit); len(rows) != 1 {
+		t.Errorf("after it the outbox has %v", rows)
+	}
+}
+
 func TestEnqueueTx_HandsTheOptionsOn(t *testing.T) {
 	t.Parallel()
 	kit := outbox(t)

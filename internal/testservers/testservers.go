@@ -125,7 +125,7 @@ func (p *pair) startPostgres(ctx context.Context, t testing.TB) *servers.Postgre
 	defer p.mu.Unlock()
 	p.mustRun(t)
 	if p.postgres == nil {
-		pg, err := servers.StartPostgres(ctx, servers.PostgresConfig{Settings: map[string]string{"max_connections": "500"}})
+		pg, err := servers.StartPostgres(ctx, servers.PostgresConfig{Settings: map[string]string{"max_connections": "500", "max_prepared_transactions": "20"}})
 		if err != nil {
 			t.Fatalf("%v\n(in a clone of carpool, ./scripts/test.sh installs what is missing)", err)
 		}
