@@ -155,7 +155,7 @@ func (s *socket) note(err error) error {
 	return err
 }
 
-func (s *socket) SetDeadline(t time.Time) error { return s.setDeadline(s.Conn.SetDeadline, t) }
+func (s *socket) SetDeadline(t time.Time) error     { return s.setDeadline(s.Conn.SetDeadline, t) }
 func (s *socket) SetReadDeadline(t time.Time) error { return s.setDeadline(s.Conn.SetReadDeadline, t) }
 
 func (s *socket) SetWriteDeadline(t time.Time) error {
