@@ -162,6 +162,41 @@ func TestRescue_GoesOnBehindAJobThatCanNotBeRead(t *testing.T) {
 	log.Wait(t, "a job can't be given back")
 }
 
+func TestRescue_GoesOnBehindAJobThatHasLostItsData(t *testing.T) {
+	t.Parallel()
+	for name, lose := range map[string]func(rdb redis.UniversalClient, key string){
+		"it was evicted":     func(rdb redis.UniversalClient, key string) { rdb.Del(t.Context(), key) },
+		"it was overwritten": func(rdb redis.UniversalClient, key string) { rdb.Set(t.Context(), key, "x", 0) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := setup(t)
+			rdb := b.Redis(t)
+			var jobs []*tasks.Info
+			for _, queue := range []string{"a", "b"} {
+				info, err := b.Client.Enqueue(t.Context(), probe{"x"}, &tasks.EnqueueOptions{Queue: queue})
+				if err != nil {
+					t.Fatal(err)
+				}
+				loses(t, rdb, info)
+				jobs = append(jobs, info)
+			}
+			key := asynqwire.Task("a", jobs[0].ID)
+			rdb.Del(t.Context(), key)
+			lose(rdb, key)
+			log := workertest.NewLog()
+			r := startRescue(t, rdb, []string{"a", "b"}, time.Second, slog.New(slog.NewJSONHandler(log, nil)))
+			defer r.Stop()
+			workertest.Eventually(t, "the other is given back", func() bool {
+				got, err := b.Inspector.GetTaskInfo("b", jobs[1].ID)
+				return err == nil && got.State == asynq.TaskStateRetry
+			})
+			log.Wait(t, "has lost its data")
+			workertest.Eventually(t, "its id is taken off", func() bool { return rdb.LLen(t.Context(), asynqwire.Active("a")).Val() == 0 })
+		})
+	}
+}
+
 func TestRescue_AnOutageOfRedisDoesNotCountAndAHiccupCostsLittle(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
