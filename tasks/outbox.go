@@ -29,9 +29,10 @@ import (
 // outbox makes the ids.
 //
 // The error is a [PayloadError] for a payload that is not valid, or above MaxPayload, or
-// one for an ID or a queue that can't be used, which leave tx as it was; or Postgres', which aborts tx. What
-// carpool.enqueue refuses, such as a payload above the limit that the workers have written
-// to the database, as Postgres writes it, with a space after each comma and colon, is a
+// one for an ID or a queue that can't be used, which leave tx as it was; or Postgres',
+// which aborts tx. What carpool.enqueue refuses, such as a payload above the limit that the
+// workers have written to the database, as Postgres writes it, with a space after each
+// comma and colon, is a
 // [pgconn.PgError] with the code 22023 ([pgerrcode.InvalidParameterValue]), or 42501
 // ([pgerrcode.InsufficientPrivilege]) for a kind that is for operators; see [SQL].
 func (c *Client) EnqueueTx(ctx context.Context, tx interface {

@@ -167,15 +167,14 @@ func isLongOver(expiry string) bool {
 // Redis leaves it so. That costs nothing, once, and once more for each try.
 func (r *Rescue) giveBack(ctx context.Context, queue, id string, seen lease) (why string, err error) {
 	hash, err := r.rdb.HMGet(ctx, asynqwire.Task(queue, id), "msg", asynqwire.FreeRedeliveries).Result()
-	overwritten := redis.HasErrorPrefix(err, "WRONGTYPE")
-	if err != nil && !overwritten {
+	if asynqwire.IsWrongType(err) {
+		hash, err = make([]any, 2), nil // as of a hash that is gone
+	}
+	if err != nil {
 		return "", fmt.Errorf("read job %s: %w", id, err)
 	}
-	var data string
-	if !overwritten {
-		data, _ = hash[0].(string)
-	}
-	if data == "" { // an id without its job, which must keep nobody else from being given back
+	data, ok := hash[0].(string)
+	if !ok { // an id without its job, which must keep nobody else from being given back
 		r.log.Error("a job that was running has lost its data, and can't be given back: "+asynqwire.ErrLost.Error(),
 			slog.Group("job", "id", id, "queue", queue))
 		return "", asynqwire.ForgetActive(ctx, r.rdb, queue, id)

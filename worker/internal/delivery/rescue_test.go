@@ -138,19 +138,25 @@ func TestRescue_AJobIsGivenBackForNothingOnceForEachTry(t *testing.T) {
 	}
 }
 
-func TestRescue_GoesOnBehindAJobThatCanNotBeRead(t *testing.T) {
-	t.Parallel()
-	b := setup(t)
-	rdb := b.Redis(t)
-	var jobs []*tasks.Info
-	for _, queue := range []string{"a", "b"} {
+// lostFetches enqueues a job on each queue and does to it what [loses] does.
+func (b *bundle) lostFetches(t *testing.T, queues ...string) (jobs []*tasks.Info) {
+	t.Helper()
+	for _, queue := range queues {
 		info, err := b.Client.Enqueue(t.Context(), probe{"x"}, &tasks.EnqueueOptions{Queue: queue})
 		if err != nil {
 			t.Fatal(err)
 		}
-		loses(t, rdb, info)
+		loses(t, b.Redis(t), info)
 		jobs = append(jobs, info)
 	}
+	return jobs
+}
+
+func TestRescue_GoesOnBehindAJobThatCanNotBeRead(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	rdb := b.Redis(t)
+	jobs := b.lostFetches(t, "a", "b")
 	rdb.HSet(t.Context(), asynqwire.Task("a", jobs[0].ID), "msg", "\xff\xff")
 	log := workertest.NewLog()
 	r := startRescue(t, rdb, []string{"a", "b"}, time.Second, slog.New(slog.NewJSONHandler(log, nil)))
@@ -172,15 +178,7 @@ func TestRescue_GoesOnBehindAJobThatHasLostItsData(t *testing.T) {
 			t.Parallel()
 			b := setup(t)
 			rdb := b.Redis(t)
-			var jobs []*tasks.Info
-			for _, queue := range []string{"a", "b"} {
-				info, err := b.Client.Enqueue(t.Context(), probe{"x"}, &tasks.EnqueueOptions{Queue: queue})
-				if err != nil {
-					t.Fatal(err)
-				}
-				loses(t, rdb, info)
-				jobs = append(jobs, info)
-			}
+			jobs := b.lostFetches(t, "a", "b")
 			key := asynqwire.Task("a", jobs[0].ID)
 			rdb.Del(t.Context(), key)
 			lose(rdb, key)
