@@ -4,7 +4,7 @@ VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 GOFUMPT := go run mvdan.cc/gofumpt@v0.12.0
 STATICCHECK := go run honnef.co/go/tools/cmd/staticcheck@v0.8.2
 
-.PHONY: help dev test chaos lint vuln build
+.PHONY: help dev test chaos long lint vuln build
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,10 +21,15 @@ chaos: ## Break everything at random for half an hour or more, with carpool's pr
 	./scripts/install-test-servers.sh
 	go test -count=1 -timeout 60m ./worker -run TestChaos -v $(CHAOS)
 
+long: ## Run what takes too long for every day: failovers under load, big files (the tests behind the build tag long)
+	./scripts/install-test-servers.sh
+	go test -tags long -count=1 -timeout 60m -p 1 -run TestLong -v ./...
+
 lint: ## Check the format and look for faults without running anything
 	@unformatted="$$($(GOFUMPT) -l .)" && if [ -n "$$unformatted" ]; then \
 		echo "gofumpt would change:"; echo "$$unformatted"; exit 1; fi
 	go vet ./...
+	go vet -tags long ./...
 	cd examples/own && go vet ./...
 	$(STATICCHECK) ./...
 
