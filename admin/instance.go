@@ -41,8 +41,6 @@ type Instance struct {
 	Concurrency int `json:"hands"`
 	// Running is how many jobs it runs, with those of OwnQueue.
 	Running int `json:"running"`
-	// Fetchers is how many loops fetch jobs side by side.
-	Fetchers int `json:"fetchers"`
 	// Pool is how its pool of connections stands.
 	Pool InstancePool `json:"pool"`
 	// DatabaseAway is true while its jobs wait for the database to come back.

@@ -21,7 +21,7 @@ import (
 
 // snapshot is what a worker of any version writes.
 const snapshot = `{"name":"a-00000001","version":"1.2.3","host":"box","pid":42,"started":"2027-01-15T08:00:00Z","seen":"2027-01-15T09:00:00Z",
-	"queues":{"critical":6,"default":3},"own_queue":"instance-a-00000001","hands":10,"running":7,"fetchers":4,
+	"queues":{"critical":6,"default":3},"own_queue":"instance-a-00000001","hands":10,"running":7,
 	"pool":{"pool_size":5,"checked_in":1,"checked_out":6,"overflow":2,"invalid":3,"waiting":4},"database_away":true}`
 
 // show writes the snapshot of an instance, or its name alone if it is "".
@@ -55,7 +55,7 @@ func TestStatus_ReadsTheInstances(t *testing.T) {
 	want := admin.Instance{
 		Name: "a-00000001", Version: "1.2.3", Host: "box", PID: 42,
 		Started: time.Date(2027, 1, 15, 8, 0, 0, 0, time.UTC), Seen: time.Date(2027, 1, 15, 9, 0, 0, 0, time.UTC),
-		Queues: map[string]int{"critical": 6, "default": 3}, OwnQueue: "instance-a-00000001", Concurrency: 10, Running: 7, Fetchers: 4,
+		Queues: map[string]int{"critical": 6, "default": 3}, OwnQueue: "instance-a-00000001", Concurrency: 10, Running: 7,
 		Pool:         admin.InstancePool{PoolSize: 5, CheckedIn: 1, CheckedOut: 6, Overflow: 2, Invalid: 3, Waiting: 4},
 		DatabaseAway: true,
 	}

@@ -32,9 +32,6 @@ const (
 	// cancelAgain is how often a running job is told; a worker that is just
 	// connecting to Redis doesn't hear it.
 	cancelAgain = time.Second
-	// finishWithin is how long a worker has to finish a cancelled job that asynq has
-	// parked: it knows whether that is done. One that stops takes 2 s at most.
-	finishWithin = 4 * time.Second
 )
 
 // Cancel cancels a job, on whichever queue it is. A job that waits is removed. One that
@@ -46,7 +43,7 @@ const (
 // lost its data can't be removed; or it is Redis', or the end of ctx. A job in the outbox is
 // not in Redis yet: the command cancel, and package admin, find it there too.
 func (c *Client) Cancel(ctx context.Context, id string) error {
-	var told, parked time.Time
+	var told time.Time
 	running := false
 	queue, info, err := c.find(ctx, id)
 	for {
@@ -82,16 +79,6 @@ func (c *Client) Cancel(ctx context.Context, id string) error {
 			}
 			return fmt.Errorf("tasks: cancel job %s: %w: it is %s", id, ErrJobEnded, ended)
 		default:
-			if running && asynqwire.IsCancelParked(info.NextProcessAt) {
-				// Its worker is about to finish it, if it still lives.
-				if parked.IsZero() {
-					parked = time.Now()
-				}
-				if time.Since(parked) > finishWithin {
-					_ = c.inspector.ArchiveTask(queue, id)
-				}
-				break
-			}
 			err := c.inspector.DeleteTask(queue, id)
 			if err == nil {
 				if err := c.locks.Release(ctx, id, info.Headers); err != nil {

@@ -38,7 +38,7 @@ type Client struct {
 // caller closes rdb when the client is no longer used; the client itself is not closed.
 func NewClient(rdb redis.UniversalClient) *Client {
 	return &Client{
-		rdb: rdb, asynq: asynq.NewClientFromRedisClient(rdb), inspector: asynq.NewInspectorFromRedisClient(rdb), locks: unique.NewLocks(rdb),
+		rdb: rdb, asynq: asynq.NewClientFromRedisClient(asynqwire.Punctual(rdb)), inspector: asynq.NewInspectorFromRedisClient(rdb), locks: unique.NewLocks(rdb),
 	}
 }
 
@@ -133,7 +133,8 @@ func (c *Client) Enqueue(ctx context.Context, p Payload, opts *EnqueueOptions) (
 		asynq.Timeout(o.Timeout + asynqwire.TimeoutGrace), asynq.Retention(o.Retention),
 	}
 	if opts.RunAt.After(time.Now()) {
-		asynqOpts = append(asynqOpts, asynq.ProcessAt(opts.RunAt))
+		due, rounded := asynqwire.WithDue(ctx, opts.RunAt)
+		ctx, asynqOpts = due, append(asynqOpts, asynq.ProcessAt(rounded))
 	}
 	headers := map[string]string{asynqwire.MaxRetryHeader: strconv.Itoa(o.MaxRetry)}
 	if opts.UniqueKey != "" {

@@ -3,6 +3,7 @@ package tasks_test
 import (
 	"context"
 	"errors"
+	"math"
 	"net/url"
 	"strings"
 	"sync"
@@ -15,6 +16,7 @@ import (
 	"github.com/hibiken/asynq"
 	"github.com/redis/go-redis/v9"
 
+	"github.com/carpool-go/carpool/internal/asynqwire"
 	"github.com/carpool-go/carpool/internal/instance"
 	"github.com/carpool-go/carpool/internal/testservers"
 	"github.com/carpool-go/carpool/internal/unique"
@@ -376,5 +378,20 @@ func TestClient_EnqueueingTheSameIDAgainDoesNothing(t *testing.T) {
 		if _, err := kit.Client.Enqueue(t.Context(), maintenance.PoolValidate{}, &tasks.EnqueueOptions{ID: id}); err == nil {
 			t.Errorf("the id %q is taken", id)
 		}
+	}
+}
+
+func TestClient_JobIsDueToTheMicrosecondAndNeverBefore(t *testing.T) {
+	t.Parallel()
+	kit := taskstest.New(t)
+	rdb := openRedis(t, kit, func(*url.URL) {})
+	runAt := time.Now().Add(time.Hour).Truncate(time.Second).Add(900 * time.Millisecond)
+	info, err := tasks.NewClient(rdb).Enqueue(t.Context(), parcel{To: "Ada"}, &tasks.EnqueueOptions{RunAt: runAt})
+	if err != nil {
+		t.Fatal(err)
+	}
+	score := rdb.ZScore(t.Context(), asynqwire.Scheduled(info.Queue), info.ID).Val()
+	if due := time.UnixMicro(int64(math.Round(score * 1e6))); !due.Equal(runAt.Truncate(time.Microsecond)) {
+		t.Errorf("it is due at %s, want %s", due, runAt)
 	}
 }

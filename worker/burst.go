@@ -23,7 +23,7 @@ const stuckAfter = 30 * time.Second
 // because a job that was just fetched is for a moment neither queued nor running. The error
 // says that jobs are due and nothing becomes of them: whoever waits for the end of a burst
 // has nobody beside it who would see that.
-func drain(ctx context.Context, outbox *relay.Relay, rdb redis.UniversalClient, queues map[string]int, executor *delivery.Executor, lost *lostJobs, log *slog.Logger) error {
+func drain(ctx context.Context, outbox *relay.Relay, rdb redis.UniversalClient, queues map[string]int, servers *delivery.Servers, lost *lostJobs, log *slog.Logger) error {
 	select {
 	case <-ctx.Done():
 		return nil
@@ -40,7 +40,7 @@ func drain(ctx context.Context, outbox *relay.Relay, rdb redis.UniversalClient, 
 		case <-tick.C:
 		}
 		due, err := countDue(ctx, rdb, queues)
-		running := executor.Running()
+		running := servers.Held()
 		if err != nil || running > 0 || due != before {
 			before, moved = due, time.Now()
 		}

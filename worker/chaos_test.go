@@ -207,7 +207,7 @@ func (c *chaos) newNode(name string) *chaosNode {
 	redisURL, n.redis = testservers.ThroughProxy(c.t, c.redis.URL())
 	n.env = []string{
 		"DATABASE_URL=" + databaseURL, "REDIS_URL=" + redisURL, chaosEnv + "=" + c.mode,
-		"WORKER_FETCHERS=2", "LOG_LEVEL=debug", "LOG_FORMAT=json", "PATH=" + os.Getenv("PATH"), "GORACE=halt_on_error=1",
+		"LOG_LEVEL=debug", "LOG_FORMAT=json", "PATH=" + os.Getenv("PATH"), "GORACE=halt_on_error=1",
 	}
 	return n
 }

@@ -40,9 +40,6 @@ type Config struct {
 	Queues map[string]int
 	// Concurrency is how many jobs run at once, up to [MaxConcurrency]; 0 means 10.
 	Concurrency int
-	// Fetchers is how many loops fetch jobs side by side, up to [MaxFetchers] and to
-	// Concurrency; 0 means 4.
-	Fetchers int
 	// ShutdownTimeout is how long jobs may go on when the worker is to stop, before their
 	// contexts end and they are pushed back; 0 means 25 s, less none.
 	ShutdownTimeout time.Duration
@@ -74,8 +71,6 @@ type Config struct {
 const (
 	// MaxConcurrency is more jobs at once than one process does well.
 	MaxConcurrency = 10_000
-	// MaxFetchers is more fetch loops than bring anything.
-	MaxFetchers = 64
 	// MaxWeight is the largest weight of a queue.
 	MaxWeight = 1000
 	// LeastMaxPayload and MostMaxPayload bound [Config.MaxPayload]. A payload is in a
@@ -89,7 +84,6 @@ func (c Config) withDefaults() Config {
 		c.Queues = map[string]int{"critical": 6, "default": 3, "low": 1}
 	}
 	c.Concurrency = cmp.Or(c.Concurrency, 10)
-	c.Fetchers = cmp.Or(c.Fetchers, 4)
 	c.ShutdownTimeout = max(0, cmp.Or(c.ShutdownTimeout, 25*time.Second))
 	c.StartupTimeout = max(0, cmp.Or(c.StartupTimeout, time.Minute))
 	c.ValidateEvery = cmp.Or(c.ValidateEvery, time.Minute)
@@ -164,9 +158,6 @@ func (c Config) Validate() error {
 	}
 	if c.Concurrency < 1 || c.Concurrency > MaxConcurrency {
 		add("Concurrency: %d is not from 1 to %d", c.Concurrency, MaxConcurrency)
-	}
-	if c.Fetchers < 1 || c.Fetchers > MaxFetchers {
-		add("Fetchers: %d is not from 1 to %d", c.Fetchers, MaxFetchers)
 	}
 	if c.ValidateEvery < time.Second {
 		add("ValidateEvery: %s is less than 1s", c.ValidateEvery)

@@ -44,10 +44,9 @@ func Run(ctx context.Context, c Config) error {
 		return fmt.Errorf("worker: the configuration is wrong: %w", err)
 	}
 	c = c.withDefaults()
-	c.Fetchers = min(c.Fetchers, c.Concurrency)
 	log := c.Logger
-	running, stopped := context.WithCancel(ctx)
-	defer stopped()
+	running, stopped := context.WithCancelCause(ctx)
+	defer stopped(nil)
 	guard, err := outbound.New(c.OutboundAllow)
 	if err != nil {
 		return err
@@ -62,6 +61,11 @@ func Run(ctx context.Context, c Config) error {
 		return err
 	}
 	defer serversRedis.Close()
+	looksRedis, err := tasks.OpenRedis(c.RedisURL)
+	if err != nil {
+		return err
+	}
+	defer looksRedis.Close()
 	db, err := dbpool.Open(ctx, c.Pool)
 	if err != nil {
 		return err
@@ -97,15 +101,16 @@ func Run(ctx context.Context, c Config) error {
 	name := instance.NewName(cmp.Or(c.Name, host))
 	queue := instance.Queue(name)
 	jobs := delivery.New(delivery.Config{
-		Tasks: set, Redis: rdb, ServersRedis: serversRedis, DB: db,
-		Queues: c.Queues, OwnQueue: queue, Concurrency: c.Concurrency, Fetchers: c.Fetchers,
+		Tasks: set, Redis: rdb, ServersRedis: serversRedis, LooksRedis: looksRedis, DB: db,
+		Queues: c.Queues, OwnQueue: queue, Concurrency: c.Concurrency,
 		ShutdownTimeout: c.ShutdownTimeout, MaxPayload: c.MaxPayload,
 		BaseContext: outbound.NewContext(context.Background(), guard),
+		Fail:        stopped,
 		Log:         log,
 	})
 	self := admin.Instance{
 		Name: name, Version: c.Version, Host: host, PID: os.Getpid(), Started: time.Now().UTC(),
-		Queues: c.Queues, OwnQueue: queue, Kinds: set.Kinds(), Concurrency: c.Concurrency, Fetchers: c.Fetchers,
+		Queues: c.Queues, OwnQueue: queue, Kinds: set.Kinds(), Concurrency: c.Concurrency,
 	}
 	members = fleet.New(fleet.Config{
 		Redis: rdb, Self: self, Running: jobs.Executor.Running, Pool: db.Stats, DatabaseAway: jobs.Breaker.IsOpen, Blocked: jobs.Breaker.Blocked, Log: log,
@@ -143,21 +148,27 @@ func Run(ctx context.Context, c Config) error {
 	}
 	for i, p := range slices.Backward(parts) {
 		if err := p.Start(); err != nil {
-			stopped()
+			stopped(err)
 			stop(parts[i:])
 			return err
 		}
 	}
 	defer stop(parts)
-	defer stopped() // first, so that the groups know
+	defer stopped(nil) // first, so that the groups know
 	log.Info("worker started", "version", c.Version, "instance", name,
-		"queues", self.Weights(), "concurrency", c.Concurrency, "fetchers", c.Fetchers,
+		"queues", self.Weights(), "concurrency", c.Concurrency,
 		"pool_size", c.Pool.Size, "max_overflow", c.Pool.MaxOverflow)
 
 	if c.Burst {
-		return drain(ctx, outboxRelay, rdb, c.Queues, jobs.Executor, lost, log)
+		if err := drain(running, outboxRelay, rdb, c.Queues, jobs.Servers, lost, log); err != nil {
+			return err
+		}
+	} else {
+		<-running.Done()
 	}
-	<-ctx.Done()
+	if err := context.Cause(running); err != nil && ctx.Err() == nil {
+		return fmt.Errorf("worker: %w", err)
+	}
 	return nil
 }
 

@@ -70,6 +70,8 @@ const (
 	// statsDays is how long asynq keeps its figures of a day, 90 days, and a day on either
 	// side for clocks that differ.
 	statsDays = 92
+	// archiveDays is how long asynq keeps a job in the archive.
+	archiveDays = 90
 )
 
 // queueKeys are the names of all keys of a queue but those of its jobs, the lists of jobs

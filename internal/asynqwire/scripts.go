@@ -3,8 +3,7 @@ package asynqwire
 import (
 	"context"
 	"errors"
-	"fmt"
-	"math"
+	"strconv"
 	"time"
 
 	"github.com/redis/go-redis/v9"
@@ -13,10 +12,6 @@ import (
 // ErrNoSuchTask is returned for a job that is not, or no longer, where it was to be
 // taken from.
 var ErrNoSuchTask = errors.New("the job is not there any more")
-
-// FreeRedeliveries is the field of a job's hash that counts how often it was given back
-// without using up a try.
-const FreeRedeliveries = "carpool_unfetched"
 
 // ReadMessage reads a job's message. The error is [ErrNoSuchTask] for a job that Redis
 // doesn't have, that of [ParseMessage], or Redis'.
@@ -43,32 +38,6 @@ func WriteResult(ctx context.Context, rdb redis.UniversalClient, queue, id strin
 	return writeResult.Run(ctx, rdb, []string{Task(queue, id)}, result).Err()
 }
 
-// KEYS[1] retry
-// KEYS[2] completed
-// KEYS[3] the job's hash
-// ARGV[1] the job's id
-// ARGV[2] its message
-// ARGV[3] when its retention ends, in Unix seconds
-// ARGV[4] its result
-var complete = redis.NewScript(`
-if redis.call("ZREM", KEYS[1], ARGV[1]) == 0 then return 0 end
-redis.call("HSET", KEYS[3], "msg", ARGV[2], "state", "completed", "result", ARGV[4])
-redis.call("ZADD", KEYS[2], ARGV[3], ARGV[1])
-return 1`)
-
-// CompleteRetry does to a job that is to be retried what asynq does to one that is done
-// and retained. A job that isn't to be retried stays as it is.
-func CompleteRetry(ctx context.Context, rdb redis.UniversalClient, queue, id string, retention time.Duration, result []byte) error {
-	msg, err := ReadMessage(ctx, rdb, queue, id)
-	if err != nil {
-		return err
-	}
-	now := time.Now()
-	msg.LastErr, msg.LastFailedAt, msg.CompletedAt = "", 0, now.Unix()
-	keys := []string{Retry(queue), Completed(queue), Task(queue, id)}
-	return complete.Run(ctx, rdb, keys, id, msg.Encode(), now.Add(retention).Unix(), result).Err()
-}
-
 // KEYS[1] active
 // KEYS[2] leases
 // KEYS[3] retry
@@ -78,42 +47,54 @@ func CompleteRetry(ctx context.Context, rdb redis.UniversalClient, queue, id str
 // ARGV[3] when it is due, in Unix seconds
 // ARGV[4] its message
 // ARGV[5] the free redeliveries it has had
+// ARGV[6] why its last attempt had no end, "" if nothing is known of one
 var giveBack = redis.NewScript(`
 local lease = redis.call("ZSCORE", KEYS[2], ARGV[1]) or ""
 if lease ~= ARGV[2] and tonumber(lease) ~= tonumber(ARGV[2]) then return 0 end
 if redis.call("LREM", KEYS[1], 0, ARGV[1]) == 0 then return 0 end
 redis.call("ZREM", KEYS[2], ARGV[1])
-redis.call("HSET", KEYS[4], "msg", ARGV[4], "state", "retry", "` + FreeRedeliveries + `", ARGV[5])
+redis.call("HSET", KEYS[4], "msg", ARGV[4], "state", "retry", "` + FreeRedeliveries + `", ARGV[5], "` + unendedField + `", ARGV[6])
+redis.call("HDEL", KEYS[4], "` + fetchField + `")
 redis.call("ZADD", KEYS[3], ARGV[3], ARGV[1])
 return 1`)
+
+// Unended is what the hash of an active job says of its last attempt, beside its message.
+type Unended struct {
+	// FreeRedeliveries is how often the job was given back without using up a try.
+	FreeRedeliveries int
+	// Reason is why the attempt had no end; "" if nothing is known of one.
+	Reason string
+}
+
+// ReadUnended reads a job's message, and what is known of its last attempt. The error is
+// [ErrNoSuchTask] for a job whose hash Redis doesn't have, that of [ParseMessage], or Redis'.
+func ReadUnended(ctx context.Context, rdb redis.UniversalClient, queue, id string) (Message, Unended, error) {
+	hash, err := rdb.HMGet(ctx, Task(queue, id), "msg", FreeRedeliveries, unendedField).Result()
+	if redis.HasErrorPrefix(err, "WRONGTYPE") {
+		return Message{}, Unended{}, ErrNoSuchTask
+	}
+	if err != nil {
+		return Message{}, Unended{}, err
+	}
+	data, ok := hash[0].(string)
+	if !ok {
+		return Message{}, Unended{}, ErrNoSuchTask
+	}
+	var u Unended
+	free, _ := hash[1].(string)
+	u.FreeRedeliveries, _ = strconv.Atoi(free)
+	u.Reason, _ = hash[2].(string)
+	msg, err := ParseMessage([]byte(data))
+	return msg, u, err
+}
 
 // GiveBack moves a job from active to retry, due at msg.LastFailedAt, if its lease is
 // still the one that was seen. moved is false if it isn't, or if the job is not active
 // any more.
-func GiveBack(ctx context.Context, rdb redis.UniversalClient, queue, id, lease string, msg Message, redeliveries int) (moved bool, err error) {
+func GiveBack(ctx context.Context, rdb redis.UniversalClient, queue, id, lease string, msg Message, unended Unended) (moved bool, err error) {
 	keys := []string{Active(queue), Leases(queue), Retry(queue), Task(queue, id)}
-	n, err := giveBack.Run(ctx, rdb, keys, id, lease, msg.LastFailedAt, msg.Encode(), redeliveries).Int()
+	n, err := giveBack.Run(ctx, rdb, keys, id, lease, msg.LastFailedAt, msg.Encode(), unended.FreeRedeliveries, unended.Reason).Int()
 	return n == 1, err
-}
-
-// KEYS[1] retry or archived
-// KEYS[2] the job's hash
-// ARGV[1] the job's id
-// ARGV[2] its message
-var reword = redis.NewScript(`
-if not redis.call("ZSCORE", KEYS[1], ARGV[1]) then return 0 end
-redis.call("HSET", KEYS[2], "msg", ARGV[2])
-return 1`)
-
-// Reword changes the last error of a job in set, which is [Retry] or [Archived] of its
-// queue; of a job that isn't there any more it changes nothing.
-func Reword(ctx context.Context, rdb redis.UniversalClient, set, queue, id, lastErr string) error {
-	msg, err := ReadMessage(ctx, rdb, queue, id)
-	if err != nil {
-		return err
-	}
-	msg.LastErr = lastErr
-	return reword.Run(ctx, rdb, []string{set, Task(queue, id)}, id, msg.Encode()).Err()
 }
 
 // KEYS[1] archived
@@ -125,7 +106,7 @@ func Reword(ctx context.Context, rdb redis.UniversalClient, set, queue, id, last
 var putBack = redis.NewScript(`
 if redis.call("ZREM", KEYS[1], ARGV[1]) == 0 then return 0 end
 redis.call("HSET", KEYS[3], "msg", ARGV[2], "state", "pending", "pending_since", ARGV[3])
-redis.call("HDEL", KEYS[3], "` + FreeRedeliveries + `")
+redis.call("HDEL", KEYS[3], "` + FreeRedeliveries + `", "` + unendedField + `", "` + deliveriesField + `")
 redis.call("LPUSH", KEYS[2], ARGV[1])
 return 1`)
 
@@ -177,66 +158,4 @@ func RemoveQueue(ctx context.Context, rdb redis.UniversalClient, queue, missing 
 		return false, err
 	}
 	return true, rdb.SRem(ctx, Queues, queue).Err()
-}
-
-// KEYS[1] leases
-// ARGV[1…] for each lease its end in Unix seconds, its job's id and its fencing token
-const extendLeases = `
-for i = 1, #ARGV, 3 do
-	local lease = tonumber(redis.call("ZSCORE", KEYS[1], ARGV[i+1]) or 0)
-	if math.floor(lease % 1 * 1e6 + 0.5) == tonumber(ARGV[i+2]) then
-		redis.call("ZADD", KEYS[1], string.format("%d.%06d", ARGV[i], ARGV[i+2]), ARGV[i+1])
-	end
-end
-return 0`
-
-// Lease is a lease to be extended.
-type Lease struct {
-	ID    string
-	Until any // its end, in Unix seconds, as asynq has it
-	Token int // its fencing token
-}
-
-// ExtendLeases is the command that extends each lease that has its fencing token still.
-func ExtendLeases(ctx context.Context, leasesKey string, leases []Lease) *redis.Cmd {
-	args := []any{"eval", extendLeases, 1, leasesKey}
-	for _, l := range leases {
-		args = append(args, l.Until, l.ID, l.Token)
-	}
-	return redis.NewCmd(ctx, args...)
-}
-
-// MaxToken is the largest fencing token: tokens are a lease's microseconds, which asynq
-// leaves at 0.
-const MaxToken = 999_999
-
-// LeaseWithToken is the score of a lease that ends at until, in Unix seconds, and has a
-// fencing token.
-func LeaseWithToken(until int64, token int) string { return fmt.Sprintf("%d.%06d", until, token) }
-
-// TokenOf returns the fencing token of a lease, 0 for one of a worker that gives none.
-func TokenOf(lease float64) int {
-	_, fraction := math.Modf(lease)
-	return int(math.Round(fraction * 1e6))
-}
-
-// KEYS[1] the job's hash
-// KEYS[2] active
-// KEYS[3] leases
-// KEYS[4] retry
-// ARGV[1] the job's id
-// ARGV[2] its message
-// ARGV[3] when it is due, in Unix seconds
-const postpone = `
-if redis.call("LREM", KEYS[2], 0, ARGV[1]) == 0 then return redis.error_reply("NOT FOUND") end
-redis.call("ZREM", KEYS[3], ARGV[1])
-redis.call("ZADD", KEYS[4], ARGV[3], ARGV[1])
-redis.call("HSET", KEYS[1], "msg", ARGV[2], "state", "retry")
-return redis.status_reply("OK")`
-
-// Postpone is the command that moves a job from active to retry, due at until. It is
-// asynq's own script for that, without the statistics of failures. The keys are given as
-// asynq's command has them.
-func Postpone(ctx context.Context, taskKey, activeKey, leasesKey, retryKey, id string, msg []byte, until time.Time) *redis.Cmd {
-	return redis.NewCmd(ctx, "eval", postpone, 4, taskKey, activeKey, leasesKey, retryKey, id, msg, until.Unix())
 }

@@ -49,7 +49,7 @@ type poolSettings struct {
 type workerSettings struct {
 	Concurrency     string `name:"concurrency" env:"WORKER_CONCURRENCY" default:"10" group:"Worker" help:"Jobs at once."`
 	Queues          string `name:"queues" env:"WORKER_QUEUES" default:"critical=6,default=3,low=1" group:"Worker" help:"Queues to pull from, with their weights."`
-	Fetchers        string `name:"fetchers" env:"WORKER_FETCHERS" default:"4" group:"Worker" help:"Parallel fetch loops, at most one for each job at once."`
+	Fetchers        string `name:"fetchers" env:"WORKER_FETCHERS" hidden:"" help:"Has no effect any more."`
 	ShutdownTimeout string `name:"shutdown-timeout" env:"WORKER_SHUTDOWN_TIMEOUT" default:"25s" group:"Worker" help:"How long jobs may go on after SIGTERM before they are pushed back."`
 }
 
@@ -90,7 +90,6 @@ func (r *runSettings) config(in *invocation) (worker.Config, error) {
 		Schedules:       in.Schedules,
 		Queues:          f.queues(r.Queues),
 		Concurrency:     f.number("WORKER_CONCURRENCY", r.Concurrency, 1, worker.MaxConcurrency, "10"),
-		Fetchers:        f.number("WORKER_FETCHERS", r.Fetchers, 1, worker.MaxFetchers, "4"),
 		ShutdownTimeout: orNone(f.duration("WORKER_SHUTDOWN_TIMEOUT", r.ShutdownTimeout, 0, "25s")),
 		StartupTimeout:  orNone(f.startup(r.startupSettings)),
 		ValidateEvery:   f.duration("DB_POOL_VALIDATE_EVERY", r.ValidateEvery, time.Second, "1m"),

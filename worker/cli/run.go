@@ -34,6 +34,9 @@ func (r *runCmd) Run(ctx context.Context, in *invocation) error {
 	for _, line := range in.misspelt() {
 		log.Warn(line)
 	}
+	if r.Fetchers != "" {
+		log.Warn("WORKER_FETCHERS has no effect any more: a worker fetches as many jobs at once as it has free slots")
+	}
 	cfg.Logger, cfg.Burst = log, r.Burst
 
 	ended := make(chan error, 1)

@@ -75,7 +75,7 @@ func startInstance(t *testing.T, rdb redis.UniversalClient, name string, started
 		Self: admin.Instance{
 			Name: name, Version: "1.2.3", Host: "host", PID: os.Getpid(), Started: started,
 			Queues: map[string]int{"critical": 6, "default": 3}, OwnQueue: instance.Queue(name),
-			Concurrency: 10, Fetchers: 4,
+			Concurrency: 10,
 		},
 		Running: func() int { return 7 },
 		Pool: func() dbpool.Stats {
@@ -206,7 +206,7 @@ func TestStatus_JSONHasAllOfItAndNoPayload(t *testing.T) {
 	}
 	b1 := got.Instances[1]
 	for name, want := range map[string]any{
-		"name": "b-00000002", "version": "1.2.3", "hands": 10.0, "running": 7.0, "fetchers": 4.0, "database_away": true,
+		"name": "b-00000002", "version": "1.2.3", "hands": 10.0, "running": 7.0, "database_away": true,
 		"own_queue": "instance-b-00000002", "queues": map[string]any{"critical": 6.0, "default": 3.0},
 		"pool": map[string]any{"pool_size": 5.0, "checked_in": 1.0, "checked_out": 6.0, "overflow": 2.0, "invalid": 3.0, "waiting": 4.0},
 	} {

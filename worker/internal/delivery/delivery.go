@@ -1,7 +1,7 @@
 // Package delivery is what surrounds asynq in a worker: the executor that every job runs
-// in, the circuit breaker of the database, the servers with what they lack (acknowledgements
-// that arrive, leases that are fenced), and the rescue of jobs whose workers died. It knows
-// no kind of job by its name.
+// in, the circuit breaker of the database, the servers with the client that answers for
+// Redis (fetches in groups, leases that are fenced, ends that arrive), and the rescue of
+// jobs whose workers died. It knows no kind of job by its name.
 package delivery
 
 import (
@@ -11,7 +11,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/hibiken/asynq"
 	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/dbpool"
@@ -23,23 +22,25 @@ import (
 type Config struct {
 	Tasks *tasks.Set
 	Redis redis.UniversalClient
-	// ServersRedis is a client for asynq's servers alone, since a hook on it changes what
-	// they say.
-	ServersRedis redis.UniversalClient
-	DB           *dbpool.Pool
+	// ServersRedis is a client for what is asked for asynq's servers, and LooksRedis one
+	// for what waits in Redis for jobs, a connection for each queue. The delivery closes
+	// LooksRedis when it stops, which is the only way to end that waiting.
+	ServersRedis, LooksRedis redis.UniversalClient
+	DB                       *dbpool.Pool
 	// Queues are those that instances share, with their weights; OwnQueue is the
 	// instance's own.
 	Queues   map[string]int
 	OwnQueue string
-	// Concurrency is how many jobs of Queues run at once, and Fetchers how many servers
-	// share them.
-	Concurrency, Fetchers int
-	ShutdownTimeout       time.Duration
+	// Concurrency is how many jobs of Queues run at once.
+	Concurrency     int
+	ShutdownTimeout time.Duration
 	// MaxPayload is that of the client that handlers get; see [tasks.Client].
 	MaxPayload int
 	// BaseContext is the parent of the contexts of jobs.
 	BaseContext context.Context
-	Log         *slog.Logger
+	// Fail is called with what keeps the delivery from going on. It returns at once.
+	Fail func(error)
+	Log  *slog.Logger
 }
 
 // Delivery is the parts of the delivery. Each has Start and Stop.
@@ -54,19 +55,20 @@ type Delivery struct {
 func New(cfg Config) *Delivery {
 	breaker := newBreaker(cfg.DB, cfg.Concurrency, cfg.Log)
 	ending, end := context.WithCancelCause(context.Background())
+	queues := append(slices.Sorted(maps.Keys(cfg.Queues)), cfg.OwnQueue)
+	jobs := &held{rdb: cfg.ServersRedis, log: cfg.Log, jobs: make(map[string]*heldJob)}
+	later := newDue(cfg.ServersRedis, queues, cfg.Log)
+	told := newEnds(cfg.ServersRedis, jobs, later, cfg.Log)
 	client := tasks.NewClient(cfg.Redis)
 	client.MaxPayload = cfg.MaxPayload
 	executor := &Executor{
 		tasks: cfg.Tasks, rdb: cfg.Redis, client: client, locks: unique.NewLocks(cfg.Redis),
-		inspector: asynq.NewInspectorFromRedisClient(cfg.Redis),
-		db:        cfg.DB, breaker: breaker, acks: newAckHook(), log: cfg.Log, ending: ending, end: end,
+		db: cfg.DB, breaker: breaker, held: jobs, ends: told, log: cfg.Log, ending: ending, end: end,
 	}
-	cfg.ServersRedis.AddHook(executor.acks)
-	queues := append(slices.Sorted(maps.Keys(cfg.Queues)), cfg.OwnQueue)
 	return &Delivery{
 		Breaker:  breaker,
 		Executor: executor,
 		Rescue:   newRescue(cfg.Redis, queues, leaseStill, cfg.Log),
-		Servers:  &Servers{cfg: cfg, executor: executor},
+		Servers:  newServers(cfg, executor, jobs, told, later),
 	}
 }

@@ -22,7 +22,6 @@ import (
 	"github.com/carpool-go/carpool/internal/once"
 	"github.com/carpool-go/carpool/internal/reason"
 	"github.com/carpool-go/carpool/internal/unique"
-	"github.com/carpool-go/carpool/internal/wait"
 	"github.com/carpool-go/carpool/tasks"
 )
 
@@ -30,21 +29,22 @@ import (
 // this process: wait for the database, decode, validate, bound by the deadline,
 // run, account, log.
 type Executor struct {
-	tasks     *tasks.Set
-	rdb       redis.UniversalClient
-	client    *tasks.Client
-	locks     *unique.Locks
-	inspector *asynq.Inspector
-	db        *dbpool.Pool
-	breaker   *Breaker
-	acks      *ackHook
-	log       *slog.Logger
+	tasks   *tasks.Set
+	rdb     redis.UniversalClient
+	client  *tasks.Client
+	locks   *unique.Locks
+	db      *dbpool.Pool
+	breaker *Breaker
+	held    *held
+	ends    *ends
+	log     *slog.Logger
 	// ending is done, with errEnding as its cause, once jobs that still run
 	// must stop because the worker does; end ends it.
 	ending context.Context
 	end    context.CancelCauseFunc
 
-	runs runs
+	hands hands
+	runs  runs
 	// background are goroutines that finish what a job's end began.
 	background sync.WaitGroup
 }
@@ -60,6 +60,7 @@ func (x *Executor) Start() error {
 func (x *Executor) Stop() {
 	x.end(errEnding)
 	x.background.Wait()
+	x.hands.close()
 }
 
 // Running is how many jobs run.
@@ -86,102 +87,147 @@ const (
 	outcomeLost        = "lost"        // with its lease: it is another worker's by now
 )
 
-// ProcessTask runs one attempt of a job.
+// ProcessTask runs one attempt of a job, and says what becomes of it. asynq is told nothing
+// but that the slot is free.
 func (x *Executor) ProcessTask(asynqCtx context.Context, t *asynq.Task) error {
+	x.hands.do(func() { x.process(asynqCtx, t) })
+	return nil
+}
+
+func (x *Executor) process(asynqCtx context.Context, t *asynq.Task) {
 	started := time.Now()
 	job := x.newJob(asynqCtx, t)
-	run, err := x.runs.begin(asynqCtx, job.Queue+" "+job.ID)
-	if err != nil {
-		return postponed(fmt.Errorf("an earlier run of this job has not ended: %w", err))
+	h := x.held.begin(job.Queue, job.ID)
+	if h == nil {
+		return // its lease was lost in this moment
 	}
-	defer x.runs.end(run)
-	run.unique.begin(job.Queue, job.ID, t.Headers())
-
-	ctx, release := x.withDeadline(asynqCtx, started)
+	ctx, release := x.jobContext(asynqCtx, h, started)
 	defer release()
-	ctx, borrower := x.db.Track(ctx, job.Kind+" "+job.ID)
-	defer borrower.End() // also when a handler ends its goroutine
-	var result []byte
-	pprof.Do(ctx, pprof.Labels(jobLabel, job.ID), func(ctx context.Context) {
-		result, err = x.attempt(ctx, job, t.Payload(), borrower)
+	a := &attempt{held: h, job: job, headers: t.Headers(), started: started}
+	defer func() { // also if the payload's own code panics, or ends its goroutine
+		if p := recover(); p != nil {
+			a.err = fmt.Errorf("panic: %v", p)
+			job.Log.Error("the job's kind panicked", "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
+		}
+		x.finish(ctx, a)
+		if a.run != nil {
+			x.runs.end(a.run)
+		}
+	}()
+	if a.run, a.err = x.runs.begin(ctx, job.Queue+" "+job.ID); a.err != nil {
+		a.err = postponed(fmt.Errorf("an earlier run of this job has not ended: %w", a.err))
+		return
+	}
+	if a.err = context.Cause(ctx); a.err != nil {
+		return // it was cancelled before, or its lease is lost
+	}
+	a.err = errGoexit
+	x.track(ctx, a, t.Payload())
+}
+
+// track runs an attempt and watches it: what it does to the pool, and that it ends when its
+// context has.
+func (x *Executor) track(ctx context.Context, a *attempt, payload []byte) {
+	a.run.unique.begin(a.job.Queue, a.job.ID, a.headers)
+	watched := context.AfterFunc(ctx, func() { awaitEnd(a.run.ended, a.job.ID, a.job.Log) })
+	defer watched()
+	ctx, borrower := x.db.Track(ctx, a.job.Kind+" "+a.job.ID)
+	defer func() { a.usage = borrower.End() }()
+	pprof.Do(ctx, pprof.Labels(jobLabel, a.job.ID), func(ctx context.Context) {
+		a.result, a.err = x.attempt(ctx, a, payload, borrower)
 	})
-	usage := borrower.End()
-	err = sanitizeError(explain(ctx, err))
-	if why := run.givenUp(asynqCtx); why != nil && !errors.Is(err, why) && !(why == errCancelled && err == nil) {
-		err = why // asynq doesn't hear the handler any more
-	}
-	run.done, run.result = err == nil, result
+}
 
-	outcome := x.outcome(ctx, job, err)
-	if outcome == outcomeDone && result != nil && asynqCtx.Err() == nil {
-		if err := x.keepResult(asynqCtx, job, result); err != nil {
-			job.Log.Warn("the job is done, but its result could not be written", "error", err)
+// attempt is one attempt of a job.
+type attempt struct {
+	held    *heldJob
+	job     *tasks.Job
+	headers map[string]string
+	started time.Time
+	run     *jobRun // nil if it has not begun
+
+	// What has come of it:
+	result []byte
+	err    error
+	usage  dbpool.Usage
+}
+
+// finish decides what becomes of a job after an attempt.
+func (x *Executor) finish(ctx context.Context, a *attempt) {
+	err := sanitizeError(explain(ctx, a.err))
+	outcome := x.outcome(ctx, a.job, err)
+	if a.run != nil {
+		var giveUpKey func() error
+		if outcome == outcomeDone || outcome == outcomeArchived || outcome == outcomeCancelled {
+			giveUpKey = func() error { return x.locks.Release(context.WithoutCancel(ctx), a.job.ID, a.headers) }
+		}
+		if err := a.run.unique.end(giveUpKey); err != nil {
+			a.job.Log.Warn("the job has ended, but its unique key could not be given up", "error", err)
 		}
 	}
-	var giveUpKey func() error
-	if outcome == outcomeDone || outcome == outcomeArchived || outcome == outcomeCancelled {
-		giveUpKey = func() error { return x.locks.Release(context.WithoutCancel(asynqCtx), job.ID, t.Headers()) }
+	x.record(a.job, outcome, time.Since(a.started), a.usage, err)
+	x.settle(a.held, outcome, a.result, err)
+}
+
+// settle has Redis told what becomes of a job.
+func (x *Executor) settle(h *heldJob, outcome string, result []byte, err error) {
+	msg, now := h.message, time.Now()
+	if err != nil {
+		msg.LastErr, msg.LastFailedAt = err.Error(), now.Unix()
 	}
-	if err := run.unique.end(giveUpKey); err != nil {
-		job.Log.Warn("the job has ended, but its unique key could not be given up", "error", err)
-	}
-	x.record(job, outcome, time.Since(started), usage, err)
 	switch outcome {
+	case outcomeDone:
+		x.ends.say(h, asynqwire.Done{Message: h.message, Result: result})
+	case outcomeRetry:
+		msg.Retried++
+		x.ends.say(h, asynqwire.RetryAt{Message: msg, Due: now.Add(retryDelay(h.message.Retried, err)), Failed: true})
+	case outcomePostponed, outcomeSnoozed:
+		if e, ok := errors.AsType[*unknownError](err); ok {
+			h.fetcher.leaveToOthers(e.kind)
+			x.ends.say(h, asynqwire.PushBack{Last: true, Undelivered: true})
+			return
+		}
+		x.ends.say(h, asynqwire.RetryAt{Message: msg, Due: now.Add(postponeTime(err)), Unended: h.unended})
 	case outcomeArchived:
-		return tasks.Permanent(err) // asynq has been told of more retries
+		x.ends.say(h, asynqwire.Archive{Message: &msg})
+	case outcomeCancelled:
+		msg.LastErr = reason.Cancelled
+		x.ends.say(h, asynqwire.Archive{Message: &msg})
 	case outcomeInterrupted:
-		// An error would use up a retry. asynq pushes the job back to its queue
-		// when the time for the shutdown is up, and then ends this context.
-		<-asynqCtx.Done()
-	}
-	return err
-}
-
-// keepResult writes a result, again and again while Redis is away, as the
-// acknowledgement is that follows it.
-func (x *Executor) keepResult(asynqCtx context.Context, job *tasks.Job, result []byte) error {
-	ctx, cancel := asynqCtx, context.CancelFunc(func() {})
-	if deadline, ok := asynqCtx.Deadline(); ok { // at which asynq would take it for a failure
-		ctx, cancel = context.WithDeadline(asynqCtx, deadline.Add(-asynqwire.TimeoutGrace/4))
-	}
-	defer cancel()
-	for {
-		err := asynqwire.WriteResult(ctx, x.rdb, job.Queue, job.ID, result)
-		if !mayBeTriedAgain(err) {
-			return err
-		}
-		if wait.For(ctx, ackPauseCap/2+rand.N(ackPauseCap)) != nil {
-			return err
-		}
+		x.ends.say(h, asynqwire.PushBack{})
+	case outcomeLost:
+		x.ends.sayNothing(h)
 	}
 }
 
-// HandleError is called by asynq with each failure before it acts on it. If it
-// has given up a handler that still runs, because that ignores the end of its
-// context, the job's slot is kept here, and with it the job's lease, until the
+// HandleError is called by asynq when it doesn't wait for a handler any more that still
+// runs, because that ignores the end of its context. The job's slot is kept here, until the
 // handler has ended: asynq alone frees the slot and runs the job beside itself.
 // (Upstream, processor.exec would wait for resCh after ctx.Done.)
 //
-// What is postponed or snoozed and has no retry left by asynq's count, it is about to
-// archive.
+// A job that has not begun, since its time was over when it was fetched, has failed.
 func (x *Executor) HandleError(ctx context.Context, t *asynq.Task, err error) {
-	id, _ := asynq.GetTaskID(ctx)
-	queue, _ := asynq.GetQueueName(ctx)
-	run := x.runs.giveUp(queue+" "+id, err)
-	if run != nil {
-		awaitEnd(run.ended, id, x.log.With(slog.Group("job", "id", id, "kind", t.Type())))
-	}
-	if err == context.Canceled { //nolint:errorlint // asynq's own
-		x.background.Go(func() { x.finishCancelled(queue, id, run) })
+	job := x.newJob(ctx, t)
+	if run := x.runs.get(job.Queue + " " + job.ID); run != nil {
+		select {
+		case <-run.ended:
+		case <-x.ending.Done():
+			select {
+			case <-run.ended:
+			case <-time.After(EndingGrace):
+				if h := x.held.byKey(asynqwire.Task(job.Queue, job.ID)); h != nil {
+					x.ends.say(h, asynqwire.PushBack{})
+				}
+			}
+		}
 		return
 	}
-	retried, _ := asynq.GetRetryCount(ctx)
-	maxRetry, _ := asynq.GetMaxRetry(ctx)
-	var until time.Time
-	if retried >= maxRetry && !isFailure(err) && !errors.Is(err, asynq.SkipRetry) {
-		until = time.Now().Add(retryDelay(retried, err, t))
+	h := x.held.begin(job.Queue, job.ID)
+	if h == nil {
+		return
 	}
-	x.acks.postpone(queue, id, until)
+	a := &attempt{held: h, job: job, headers: t.Headers(), started: time.Now(), err: fmt.Errorf("it was too late for the job to begin: %w", err)}
+	x.finish(context.WithoutCancel(ctx), a)
 }
 
 // newJob describes the attempt.
@@ -197,18 +243,22 @@ func (x *Executor) newJob(ctx context.Context, t *asynq.Task) *tasks.Job {
 		ID: id, Kind: t.Type(), Queue: queue,
 		Attempt: retried + 1, MaxRetry: maxRetry,
 		DB: x.db, Client: x.client,
-		Log:         x.log.With(slog.Group("job", "id", id, "kind", t.Type())),
+		Log:         slog.New(&jobLog{x.log.Handler(), id, t.Type()}),
 		WriteResult: func(data []byte) error { return asynqwire.WriteResult(ctx, x.rdb, queue, id, data) },
 	}
 }
 
-// withDeadline returns the context of the handler. It ends a little before asynq's
-// own deadline, so that the job's end is the executor's to record, or when the
-// worker stops.
-func (x *Executor) withDeadline(asynqCtx context.Context, started time.Time) (context.Context, func()) {
-	ctx, cancel := context.WithCancelCause(asynqCtx)
-	stop := context.AfterFunc(x.ending, func() { cancel(errEnding) })
-	release := func() { stop(); cancel(nil) }
+// jobContext returns the context of the handler. It ends a little before asynq's own
+// deadline, when the job is cancelled or its lease is lost, or when the worker stops; its
+// cause says which.
+func (x *Executor) jobContext(asynqCtx context.Context, h *heldJob, started time.Time) (context.Context, func()) {
+	ctx, cancel := context.WithCancelCause(context.WithoutCancel(asynqCtx))
+	if why := context.Cause(h.ctx); why != nil {
+		cancel(why)
+	}
+	ending := context.AfterFunc(x.ending, func() { cancel(errEnding) })
+	lost := context.AfterFunc(h.ctx, func() { cancel(context.Cause(h.ctx)) })
+	release := func() { ending(); lost(); cancel(nil) }
 	deadline, ok := asynqCtx.Deadline()
 	if !ok {
 		return ctx, release
@@ -232,22 +282,18 @@ const (
 )
 
 // attempt is attemptWith with the reason, if the job has used up its tries, why none
-// of them had an end: its worker died each time, or it ran into its timeout and did
-// not say so. The reason outlasts a postponement.
-func (x *Executor) attempt(ctx context.Context, job *tasks.Job, data []byte, borrower *dbpool.Borrower) ([]byte, error) {
-	if err := once.CheckID(job.ID, job.Kind); err != nil {
+// of them had an end. The reason outlasts a postponement.
+func (x *Executor) attempt(ctx context.Context, a *attempt, data []byte, borrower *dbpool.Borrower) ([]byte, error) {
+	if err := once.CheckID(a.job.ID, a.job.Kind); err != nil {
 		return nil, tasks.Permanent(err) // of a producer that is none of carpool's
 	}
 	unended := ""
-	if job.Attempt > job.MaxRetry+1 {
-		var err error
-		if unended, err = x.crashReason(ctx, job); err != nil {
-			return nil, err
-		}
+	if a.job.Attempt > a.job.MaxRetry+1 {
+		unended = a.held.unended
 	}
-	result, err := x.attemptWith(ctx, job, unended, data, borrower)
+	result, err := x.attemptWith(ctx, a.job, unended, data, borrower)
 	if e, ok := errors.AsType[*postponedError](err); ok && unended != "" {
-		err = &postponedError{reason.NotLookedUp(reason.Unended(unended), e.err), e.delay}
+		err = &postponedError{reason.NotLookedUp(errors.New(unended), e.err), e.delay}
 	}
 	return result, err
 }
@@ -355,40 +401,32 @@ func (x *Executor) noteOutage(outage error) (busy bool) {
 	return busy
 }
 
-// unknownDelay is how long a job whose kind only others know is left to them, more
-// or less.
+// unknownDelay is how long a job whose kind may be known elsewhere waits for the database,
+// more or less.
 const unknownDelay = 4 * time.Second
 
-// unknown postpones a job whose kind a newer worker knows, as there is one during
-// a deploy: each writes down its kinds when it starts, if nobody has within the hour.
-// Else the job can't be run.
+// unknownError is returned for a job that another worker can run, whose kinds are others.
+type unknownError struct {
+	kind string
+	err  error
+}
+
+func (e *unknownError) Error() string { return e.err.Error() + "; it is left to another worker" }
+
+// unknown leaves a job to others whose kind a newer worker knows, as there is one during a
+// deploy: each writes down its kinds when it starts, if nobody has within the hour. Else the
+// job can't be run.
 func (x *Executor) unknown(ctx context.Context, job *tasks.Job, err error) error {
 	var known bool
 	e := x.db.QueryRow(ctx, "SELECT EXISTS (SELECT FROM carpool.kinds WHERE kind = $1 AND seen_at > now() - interval '2 hours')",
 		job.Kind).Scan(&known)
-	if e != nil || known {
+	switch {
+	case e != nil:
 		return postponedFor(unknownDelay, fmt.Errorf("%w; another worker may", err))
+	case known:
+		return &unknownError{job.Kind, err}
 	}
 	return err
-}
-
-// crashReason returns why a job's tries had no end, from its last error; "" if somebody
-// has put it back, and it is to be run.
-func (x *Executor) crashReason(ctx context.Context, job *tasks.Job) (unended string, err error) {
-	for {
-		msg, err := asynqwire.ReadMessage(ctx, x.rdb, job.Queue, job.ID)
-		switch {
-		case err == nil:
-			return reason.OfUnended(msg.LastErr), nil
-		case errors.Is(err, asynqwire.ErrNoSuchTask):
-			return "", tasks.Permanent(errors.New("the job is not in Redis any more"))
-		case errors.Is(err, asynqwire.ErrMessage):
-			return "", tasks.Permanent(err)
-		}
-		if wait.For(ctx, ackPauseCap/4) != nil {
-			return "", postponed(reason.NotLookedUp(reason.Unended(reason.Crashed), err))
-		}
-	}
 }
 
 // doneOr returns verdict, which is why the job isn't run, or the result if it has
@@ -438,35 +476,17 @@ func (x *Executor) isOutage(ctx context.Context, err error, died, used bool) boo
 	return x.breaker.answers(ctx) != nil
 }
 
-// run calls the handler, in a goroutine of its own: a handler that ends its
-// goroutine would else end asynq's, which then waits for the job's whole time.
+// run calls the handler.
 func (x *Executor) run(ctx context.Context, job *tasks.Job, task *tasks.Task, payload tasks.Payload) (result []byte, err error) {
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		returned := false
-		defer func() {
-			p := recover()
-			switch {
-			case p != nil:
-				err = fmt.Errorf("panic: %v", p)
-				job.Log.Error("the handler panicked", "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
-			case !returned:
-				err = errGoexit
-			}
-		}()
-		result, err = task.Run(ctx, job, payload)
-		if err != nil {
-			switch err.Error() { // that of a nil pointer may panic, and it is the handler's
-			case context.Canceled.Error(), context.DeadlineExceeded.Error():
-				if ctx.Err() == nil {
-					err = fmt.Errorf("the handler: %w", err) // by itself it is asynq's word
-				}
-			}
+	defer func() {
+		if p := recover(); p != nil {
+			result, err = nil, fmt.Errorf("panic: %v", p)
+			job.Log.Error("the handler panicked", "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
 		}
-		returned = true
 	}()
-	<-ended
+	if result, err = task.Run(ctx, job, payload); err != nil {
+		_ = err.Error() // that of a nil pointer may panic, and it is the handler's
+	}
 	return result, err
 }
 
@@ -480,8 +500,8 @@ func explain(ctx context.Context, err error) error {
 	return fmt.Errorf("%w: %w", cause, err)
 }
 
-// sanitizeError returns an error whose text asynq can send: one that is not UTF-8 it
-// can't, and the job would have no end. asynq.RevokeTask, for which it takes a job for
+// sanitizeError returns an error whose text asynq can read, which must be UTF-8.
+// asynq.RevokeTask, for which it takes a job for
 // done, is a failure here.
 func sanitizeError(err error) error {
 	switch {
@@ -501,17 +521,17 @@ type validError struct{ error }
 func (e *validError) Error() string { return strings.ToValidUTF8(e.error.Error(), "?") }
 func (e *validError) Unwrap() error { return e.error }
 
-// outcome decides what becomes of the job, the way asynq will for the same
-// error.
+// outcome decides what becomes of the job.
 func (x *Executor) outcome(ctx context.Context, job *tasks.Job, err error) string {
 	switch {
 	case err == nil:
 		return outcomeDone
+	// Whatever the error is: it may come from what has ended the context.
 	case errors.Is(context.Cause(ctx), errEnding):
-		return outcomeInterrupted // whatever the error is: it may come from the interruption
-	case errors.Is(err, asynq.ErrLeaseExpired):
+		return outcomeInterrupted
+	case errors.Is(context.Cause(ctx), errLeaseLost):
 		return outcomeLost
-	case errors.Is(err, errCancelled):
+	case errors.Is(context.Cause(ctx), errCancelled):
 		return outcomeCancelled
 	case errors.Is(err, asynq.SkipRetry):
 		return outcomeArchived

@@ -45,6 +45,7 @@ type execution struct {
 	log     *workertest.Log
 	db      *dbpool.Pool
 	breaker *Breaker
+	servers *Servers
 	locks   *unique.Locks
 	stop    func() // stops it before the test's end
 }
@@ -68,7 +69,7 @@ type executionConfig struct {
 	queues map[string]int // nil: default
 	slots  int            // 0: 4
 	pool   func(*dbpool.Config)
-	hook   redis.Hook // on the Redis client of the servers, behind ackHook
+	hook   redis.Hook // on the Redis client of the servers
 }
 
 func (b *bundle) executeWith(t *testing.T, c executionConfig, register func(*tasks.Set)) *execution {
@@ -96,17 +97,18 @@ func (b *bundle) executeWith(t *testing.T, c executionConfig, register func(*tas
 	t.Cleanup(x.db.Close)
 	set := new(tasks.Set)
 	register(set)
-	d := New(Config{
-		Tasks: set, Redis: c.at.Redis(t), ServersRedis: c.at.Redis(t), DB: x.db,
-		Queues: c.queues, OwnQueue: "instance-of-" + t.Name(), Concurrency: c.slots, Fetchers: min(2, c.slots),
-		ShutdownTimeout: time.Second, BaseContext: context.Background(), Log: log,
-	})
-	x.breaker, x.locks = d.Breaker, d.Executor.locks
-	// A client that enqueues where the test does, also while the executor can't.
-	d.Executor.client, d.Executor.inspector = b.Client, b.Inspector
+	servers := c.at.Redis(t)
 	if c.hook != nil {
-		d.Servers.cfg.ServersRedis.AddHook(c.hook)
+		servers.AddHook(c.hook)
 	}
+	d := New(Config{
+		Tasks: set, Redis: c.at.Redis(t), ServersRedis: servers, LooksRedis: c.at.Redis(t), DB: x.db,
+		Queues: c.queues, OwnQueue: "instance-of-" + t.Name(), Concurrency: c.slots,
+		ShutdownTimeout: time.Second, BaseContext: context.Background(), Fail: func(err error) { t.Error(err) }, Log: log,
+	})
+	x.breaker, x.servers, x.locks = d.Breaker, d.Servers, d.Executor.locks
+	// A client that enqueues where the test does, also while the executor can't.
+	d.Executor.client = b.Client
 	t.Cleanup(d.Breaker.Stop)
 	if err := d.Servers.Start(); err != nil {
 		t.Fatal(err)
@@ -364,7 +366,7 @@ func TestRetryDelay_IsExponentialWithFullJitterAndBounded(t *testing.T) {
 		bound := min(retryCap, retryBase<<min(retried, 20))
 		var least, most time.Duration = time.Hour * 24, 0
 		for range 1000 {
-			d := retryDelay(retried, errors.New("x"), nil)
+			d := retryDelay(retried, errors.New("x"))
 			least, most = min(least, d), max(most, d)
 		}
 		// The chance that 1000 draws leave out a tenth at either end is 10^-46.
@@ -373,7 +375,14 @@ func TestRetryDelay_IsExponentialWithFullJitterAndBounded(t *testing.T) {
 		}
 	}
 	asked := tasks.RetryAfter(5*time.Hour, errors.New("x"))
-	if d := retryDelay(3, fmt.Errorf("wrapped: %w", asked), nil); d != 5*time.Hour {
+	if d := retryDelay(3, fmt.Errorf("wrapped: %w", asked)); d != 5*time.Hour {
 		t.Errorf("delay %s, want the 5h the handler asked for", d)
+	}
+}
+
+// fetchesNoMore has an execution run no further jobs.
+func (f *execution) fetchesNoMore() {
+	for _, c := range f.servers.clients {
+		c.fetcher.end()
 	}
 }

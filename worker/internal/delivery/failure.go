@@ -1,17 +1,14 @@
 package delivery
 
 import (
-	"context"
 	"errors"
 	"math/rand/v2"
 	"time"
 
-	"github.com/hibiken/asynq"
 	"github.com/jackc/pgerrcode"
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/carpool-go/carpool/dbpool"
-	"github.com/carpool-go/carpool/internal/asynqwire"
 	"github.com/carpool-go/carpool/internal/reason"
 	"github.com/carpool-go/carpool/internal/sqlstate"
 	"github.com/carpool-go/carpool/tasks"
@@ -73,11 +70,12 @@ func isForGood(err error) bool {
 		pgerrcode.InvalidSchemaName, pgerrcode.SyntaxErrorOrAccessRuleViolation)
 }
 
-// isFailure is asynq's question whether an error uses up a try.
+// isFailure reports whether an error uses up a try.
 func isFailure(err error) bool {
 	_, isPostponed := errors.AsType[*postponedError](err)
+	_, isUnknown := errors.AsType[*unknownError](err)
 	_, isSnoozed := tasks.SnoozeDelay(err)
-	return !isPostponed && !isSnoozed && err != context.Canceled //nolint:errorlint // asynq's own: it was cancelled
+	return !isPostponed && !isUnknown && !isSnoozed
 }
 
 const (
@@ -87,25 +85,24 @@ const (
 	retryCap  = time.Hour
 )
 
-// retryDelay is asynq's question when to deliver a job again. It is exponential
-// backoff with full jitter, which spreads the retries of many jobs that failed at
-// once best; see "Exponential Backoff And Jitter" in the AWS Architecture Blog. A
-// delay that was asked for is kept.
-func retryDelay(retried int, err error, _ *asynq.Task) time.Duration {
+// retryDelay is how long a job that has failed waits, after so many retries. It is
+// exponential backoff with full jitter, which spreads the retries of many jobs that failed
+// at once best; see "Exponential Backoff And Jitter" in the AWS Architecture Blog. A delay
+// that was asked for is kept.
+func retryDelay(retried int, err error) time.Duration {
+	if d, ok := tasks.RetryDelay(err); ok {
+		return d
+	}
+	return rand.N(min(retryCap, retryBase<<min(retried, 20))) + 1
+}
+
+// postponeTime is how long a job waits that has not failed.
+func postponeTime(err error) time.Duration {
 	if d, ok := tasks.SnoozeDelay(err); ok {
 		return d
 	}
 	if e, ok := errors.AsType[*postponedError](err); ok {
 		return e.delay
 	}
-	if d, ok := tasks.RetryDelay(err); ok {
-		return d
-	}
-	switch {
-	case err == context.Canceled: //nolint:errorlint // asynq's own; a handler's comes wrapped by the executor
-		return asynqwire.CancelParkDelay
-	case errors.Is(err, asynq.ErrLeaseExpired):
-		return rand.N(time.Second) // it has waited for a minute already
-	}
-	return rand.N(min(retryCap, retryBase<<min(retried, 20))) + 1
+	return 0
 }

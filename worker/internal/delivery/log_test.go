@@ -16,7 +16,6 @@ func TestAsynqLog_KeepsWhatGoesWrongAndDropsTheRestAtAnyLevel(t *testing.T) {
 	log.Info("Starting processing")
 	log.Info("Pushed task id=1 back to queue")
 	log.Warn("Quitting worker. task id=1")
-	log.Warn("Retry exhausted for task id=1")
 	if out.Len() > 0 {
 		t.Errorf("it logs\n%s", out.String())
 	}

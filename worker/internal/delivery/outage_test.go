@@ -166,6 +166,7 @@ func TestExecutor_HandlerThatIgnoresItsContextIsReportedAndNotRunBesideItself(t 
 		defer atOnce.Add(-1)
 		if runs.Add(1) == 1 {
 			sleepLikeAStone()
+			return "", errors.New("too late")
 		}
 		return "", nil
 	})
@@ -237,7 +238,7 @@ func TestExecutor_LastTryOfAJobOfOthersMaySnoozeAndThenFail(t *testing.T) {
 	b := setup(t)
 	var runs atomic.Int32
 	var lost atomic.Bool
-	f := b.executeWith(t, executionConfig{hook: losing{lost: &lost, is: ackTo("retry")}}, func(s *tasks.Set) {
+	f := b.executeWith(t, executionConfig{hook: losing{lost: &lost, is: endTo("retry")}}, func(s *tasks.Set) {
 		tasks.Register(s, func(context.Context, *tasks.Job, probe) (string, error) {
 			if runs.Add(1) < 3 {
 				return "", tasks.Snooze(time.Millisecond)
@@ -311,7 +312,9 @@ func TestExecutor_RunThatHasLostItsLeaseEndsNothing(t *testing.T) {
 	t.Parallel()
 	f := &Executor{}
 	job := &tasks.Job{Attempt: 4, MaxRetry: 3}
-	if outcome := f.outcome(t.Context(), job, asynq.ErrLeaseExpired); outcome != outcomeLost {
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(errLeaseLost)
+	if outcome := f.outcome(ctx, job, ctx.Err()); outcome != outcomeLost {
 		t.Errorf("the outcome is %s", outcome)
 	}
 }

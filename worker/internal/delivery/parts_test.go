@@ -22,9 +22,9 @@ func TestDelivery_ItsPartsMayBeStoppedTwiceAndWithoutStart(t *testing.T) {
 	defer db.Close()
 	for _, start := range []bool{true, false} {
 		d := New(Config{
-			Tasks: new(tasks.Set), Redis: b.Redis(t), ServersRedis: b.Redis(t), DB: db,
-			Queues: map[string]int{"default": 1}, OwnQueue: "instance-x-00000000", Concurrency: 2, Fetchers: 1,
-			ShutdownTimeout: time.Second, BaseContext: context.Background(), Log: workertest.Discard(),
+			Tasks: new(tasks.Set), Redis: b.Redis(t), ServersRedis: b.Redis(t), LooksRedis: b.Redis(t), DB: db,
+			Queues: map[string]int{"default": 1}, OwnQueue: "instance-x-00000000", Concurrency: 2,
+			ShutdownTimeout: time.Second, BaseContext: context.Background(), Fail: func(err error) { t.Error(err) }, Log: workertest.Discard(),
 		})
 		parts := []interface {
 			Start() error

@@ -2,6 +2,7 @@ package delivery
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"strconv"
@@ -22,7 +23,7 @@ import (
 // asynq's own recoverer does the same a minute or two after the worker's death; it
 // allows for clocks that differ, where rescue only watches how long nothing
 // happens by its own, it never finds a job that is active without a lease, and it
-// counts a try for a job that has not begun. ackHook keeps it from finding any.
+// counts a try for a job that has not begun. The servers' client keeps it from finding any.
 // (Upstream, the recoverer's interval and its allowance would be settings.)
 type Rescue struct {
 	rdb    redis.UniversalClient
@@ -166,39 +167,31 @@ func isLongOver(expiry string) bool {
 // job whose lease was never extended has most likely not begun: one lost answer of
 // Redis leaves it so. That costs nothing, once, and once more for each try.
 func (r *Rescue) giveBack(ctx context.Context, queue, id string, seen lease) (why string, err error) {
-	hash, err := r.rdb.HMGet(ctx, asynqwire.Task(queue, id), "msg", asynqwire.FreeRedeliveries).Result()
-	if asynqwire.IsWrongType(err) {
-		hash, err = make([]any, 2), nil // as of a hash that is gone
-	}
-	if err != nil {
-		return "", fmt.Errorf("read job %s: %w", id, err)
-	}
-	data, ok := hash[0].(string)
-	if !ok { // an id without its job, which must keep nobody else from being given back
+	msg, last, err := asynqwire.ReadUnended(ctx, r.rdb, queue, id)
+	switch {
+	case errors.Is(err, asynqwire.ErrNoSuchTask): // an id without its job, which must keep nobody else from being given back
 		r.log.Error("a job that was running has lost its data, and can't be given back: "+asynqwire.ErrLost.Error(),
 			slog.Group("job", "id", id, "queue", queue))
 		return "", asynqwire.ForgetActive(ctx, r.rdb, queue, id)
-	}
-	msg, err := asynqwire.ParseMessage([]byte(data))
-	if err != nil {
+	case errors.Is(err, asynqwire.ErrMessage):
 		if key := queue + " " + id; time.Since(r.warned[key]) > time.Hour {
 			r.warned[key] = time.Now()
 			r.log.Warn("a job can't be given back", slog.Group("job", "id", id, "queue", queue), "error", err)
 		}
 		return "", nil
+	case err != nil:
+		return "", fmt.Errorf("read job %s: %w", id, err)
 	}
-	free, _ := hash[1].(string)
-	redeliveries, _ := strconv.Atoi(free)
 	extended := !seen.lastExtended.IsZero() && seen.lastExtended.Unix() > msg.LastFailedAt // by this delivery's worker
-	if extended || redeliveries > msg.Retried || reason.OfUnended(msg.LastErr) != "" {
+	if extended || last.FreeRedeliveries > msg.Retried || last.Reason != "" {
 		msg.Retried++
-		msg.LastErr = reason.Crashed
+		msg.LastErr, last.Reason = reason.Crashed, reason.Crashed
 	} else {
-		redeliveries++
+		last.FreeRedeliveries++
 		msg.LastErr = reason.Unfetched
 	}
 	msg.LastFailedAt = time.Now().Unix()
-	moved, err := asynqwire.GiveBack(ctx, r.rdb, queue, id, seen.expiry, msg, redeliveries)
+	moved, err := asynqwire.GiveBack(ctx, r.rdb, queue, id, seen.expiry, msg, last)
 	if err != nil || !moved {
 		return "", err
 	}

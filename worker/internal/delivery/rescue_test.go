@@ -131,7 +131,7 @@ func TestRescue_AJobIsGivenBackForNothingOnceForEachTry(t *testing.T) {
 			t.Fatal(err)
 		}
 		msg.LastErr = "snoozed for 1s" // as if it had been delivered, and put off
-		rdb.HSet(t.Context(), key, "msg", msg.Encode())
+		rdb.HSet(t.Context(), key, "msg", msg.Encode(), "carpool_unended", "")
 		if err := b.Inspector.RunTask("default", info.ID); err != nil {
 			t.Fatal(err)
 		}

@@ -20,13 +20,8 @@ type runs struct {
 }
 
 type jobRun struct {
-	id    string
-	why   chan error // holds asynq's reason for not waiting for the end
-	ended chan struct{}
-	// Once it has ended: it has succeeded, and with which result.
-	done   bool
-	result []byte
-
+	id     string
+	ended  chan struct{}
 	unique uniqueKey
 }
 
@@ -39,7 +34,7 @@ func (r *runs) begin(ctx context.Context, id string) (*jobRun, error) {
 			if r.m == nil {
 				r.m = make(map[string]*jobRun)
 			}
-			fresh := &jobRun{id: id, ended: make(chan struct{}), why: make(chan error, 1)}
+			fresh := &jobRun{id: id, ended: make(chan struct{})}
 			r.m[id] = fresh
 			r.mu.Unlock()
 			return fresh, nil
@@ -60,20 +55,11 @@ func (r *runs) end(run *jobRun) {
 	close(run.ended)
 }
 
-// giveUp notes that asynq doesn't wait for a run any more, and returns the run;
-// nil if there is none.
-func (r *runs) giveUp(id string, why error) *jobRun {
+// get returns the run of a job; nil if there is none.
+func (r *runs) get(id string) *jobRun {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	run := r.m[id]
-	if run == nil {
-		return nil
-	}
-	select {
-	case run.why <- why:
-	default:
-	}
-	return run
+	return r.m[id]
 }
 
 // list returns the runs of this moment.
@@ -87,29 +73,6 @@ func (r *runs) len() int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return len(r.m)
-}
-
-// whyGrace is how long asynq may take to say why it has ended a run's context.
-// It does at once.
-const whyGrace = 500 * time.Millisecond
-
-// givenUp returns nil while asynq waits for the run, and else why it doesn't.
-func (r *jobRun) givenUp(asynqCtx context.Context) error {
-	if asynqCtx.Err() == nil {
-		return nil
-	}
-	why := asynqCtx.Err()
-	select {
-	case why = <-r.why:
-	case <-time.After(whyGrace):
-	}
-	switch why { //nolint:errorlint // asynq's own
-	case context.Canceled:
-		return errCancelled
-	case context.DeadlineExceeded:
-		return errTimeout
-	}
-	return why
 }
 
 // stuckGrace is how long a handler may take to notice that its context has ended

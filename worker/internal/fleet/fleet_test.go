@@ -33,7 +33,7 @@ func newFleet(rdb redis.UniversalClient, name string, log slog.Handler) *Fleet {
 		Self: admin.Instance{
 			Name: name, Version: "1.2.3", Host: "host", PID: os.Getpid(), Started: time.Unix(1_800_000_000, 0).UTC(),
 			Queues: map[string]int{"critical": 6, "default": 3}, OwnQueue: instance.Queue(name),
-			Concurrency: 10, Fetchers: 4,
+			Concurrency: 10,
 		},
 		Running: func() int { return 7 },
 		Pool: func() dbpool.Stats {
@@ -362,7 +362,7 @@ func TestRun_IsInTheFleetUntilItStops(t *testing.T) {
 		t.Fatalf("instances %+v", instances)
 	}
 	i := instances[0]
-	if i.PID != p.Cmd.Process.Pid || i.Concurrency != 3 || i.Fetchers != 3 || i.Pool.PoolSize != 4 || i.DatabaseAway ||
+	if i.PID != p.Cmd.Process.Pid || i.Concurrency != 3 || i.Pool.PoolSize != 4 || i.DatabaseAway ||
 		!cmp.Equal(i.Queues, map[string]int{"default": 2, "low": 1}) || i.OwnQueue != instance.Queue(i.Name) || !slices.Contains(i.Kinds, "csv:import") || !slices.Contains(i.Kinds, "pool:validate") {
 		t.Errorf("snapshot: %+v", i)
 	}

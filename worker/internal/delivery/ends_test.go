@@ -5,9 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"net/url"
 	"regexp"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -22,7 +22,7 @@ import (
 	"github.com/carpool-go/carpool/worker/internal/workertest"
 )
 
-func TestAck_ArrivesAlthoughRedisIsAwayWhenTheJobEnds(t *testing.T) {
+func TestEnds_ArrivesAlthoughRedisIsAwayWhenTheJobEnds(t *testing.T) {
 	t.Parallel()
 	for name, fault := range map[string]func(*testservers.Proxy){
 		"refused":         func(p *testservers.Proxy) { p.Refuse(); p.Reset() },
@@ -49,7 +49,7 @@ func TestAck_ArrivesAlthoughRedisIsAwayWhenTheJobEnds(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			workertest.Eventually(t, "the three servers have subscribed", func() bool {
+			workertest.Eventually(t, "the two servers have subscribed, and the worker", func() bool {
 				clients := rdb.ClientList(t.Context()).Val()
 				return len(regexp.MustCompile(` db=`+strings.Trim(db.Path, "/")+` sub=1 `).FindAllString(clients, -1)) == 3
 			})
@@ -70,51 +70,54 @@ func TestAck_ArrivesAlthoughRedisIsAwayWhenTheJobEnds(t *testing.T) {
 // losing is a Redis whose answer is lost once, or the question.
 type losing struct {
 	lost     *atomic.Bool
-	is       func(ctx context.Context, cmd redis.Cmder) bool // what is lost; asked when it has been answered
+	is       func(cmd redis.Cmder) bool // what is lost; asked when it has been answered
 	question bool
 	after    func(ctx context.Context) // called before the loss is noticed
 }
 
 func (losing) DialHook(next redis.DialHook) redis.DialHook { return next }
-func (losing) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
-	return next
-}
 
-func (l losing) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
-	return func(ctx context.Context, cmd redis.Cmder) error {
+func (l losing) ProcessHook(next redis.ProcessHook) redis.ProcessHook { return next }
+
+func (l losing) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
+	return func(ctx context.Context, cmds []redis.Cmder) error {
 		if !l.question {
-			if err := next(ctx, cmd); err != nil {
+			if err := next(ctx, cmds); err != nil {
 				return err
 			}
 		}
-		if l.is(ctx, cmd) && l.lost.CompareAndSwap(false, true) {
+		if slices.ContainsFunc(cmds, l.is) && l.lost.CompareAndSwap(false, true) {
 			if l.after != nil {
 				l.after(ctx)
 			}
-			cmd.SetErr(io.ErrUnexpectedEOF)
+			for _, cmd := range cmds {
+				cmd.SetErr(io.ErrUnexpectedEOF)
+			}
 			return io.ErrUnexpectedEOF
 		}
 		if l.question {
-			return next(ctx, cmd)
+			return next(ctx, cmds)
 		}
 		return nil
 	}
 }
 
-func ackTo(list string) func(context.Context, redis.Cmder) bool {
-	return func(ctx context.Context, cmd redis.Cmder) bool {
-		return isAck(ctx, cmd) && strings.Contains(fmt.Sprint(cmd.Args()...), "}:"+list)
+// endTo are the scripts that end an attempt and move its job to a list.
+func endTo(list string) func(redis.Cmder) bool {
+	return func(cmd redis.Cmder) bool {
+		keys := fmt.Sprintln(cmd.Args()...)
+		return strings.Contains(keys, "}:active ") && strings.Contains(keys, "}:t:") && strings.Contains(keys, "}:"+list+" ") &&
+			!strings.Contains(keys, "}:paused")
 	}
 }
 
 // Meanwhile the job runs elsewhere, and may have failed there.
-func TestAck_ThatArrivedIsNotSaidAgain(t *testing.T) {
+func TestEnds_ThatArrivedIsNotSaidAgain(t *testing.T) {
 	t.Parallel()
 	for name, failures := range map[string]int32{"for the second time": 1, "for the third time": 2} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			b := setup(t)
-			rdb := b.Redis(t)
 			var runs, atOnce, most atomic.Int32
 			again := make(chan struct{})
 			register := func(s *tasks.Set) {
@@ -133,15 +136,10 @@ func TestAck_ThatArrivedIsNotSaidAgain(t *testing.T) {
 				})
 			}
 			var lost atomic.Bool
-			b.executeWith(t, executionConfig{slots: 1, hook: losing{lost: &lost, is: ackTo("retry"), after: func(ctx context.Context) {
+			var first *execution
+			first = b.executeWith(t, executionConfig{slots: 1, hook: losing{lost: &lost, is: endTo("retry"), after: func(context.Context) {
+				first.fetchesNoMore()
 				<-again
-				// By a lease that ends in the same second as the first one's.
-				until, _ := ctx.Deadline()
-				leases := asynqwire.Leases("default")
-				for _, z := range rdb.ZRangeWithScores(ctx, leases, 0, -1).Val() {
-					z.Score += float64(until.Unix()) - math.Floor(z.Score)
-					rdb.ZAdd(ctx, leases, z)
-				}
 			}}}, register)
 			info, err := b.Client.Enqueue(t.Context(), probe{"x"}, nil)
 			if err != nil {
@@ -161,7 +159,7 @@ func TestAck_ThatArrivedIsNotSaidAgain(t *testing.T) {
 }
 
 // Redis had forgotten the fetch, and gave the job to another worker.
-func TestAck_OfAJobThatIsAnothersByNowLeavesItThere(t *testing.T) {
+func TestEnds_OfAJobThatIsAnothersByNowLeavesItThere(t *testing.T) {
 	t.Parallel()
 	for name, verdict := range map[string]error{"failed": errors.New("not today"), "archived": tasks.Permanent(errors.New("never"))} {
 		t.Run(name, func(t *testing.T) {
@@ -193,7 +191,7 @@ func TestAck_OfAJobThatIsAnothersByNowLeavesItThere(t *testing.T) {
 }
 
 // It is pushed back at the end of the worker.
-func TestAck_OfAJobThatIsPushedBackIsSettledByLooking(t *testing.T) {
+func TestEnds_OfAJobThatIsPushedBackIsSettledByLooking(t *testing.T) {
 	t.Parallel()
 	for name, arrives := range map[string]bool{"arrived": true, "did not arrive": false} {
 		t.Run(name, func(t *testing.T) {
@@ -201,7 +199,7 @@ func TestAck_OfAJobThatIsPushedBackIsSettledByLooking(t *testing.T) {
 			b := setup(t)
 			var lost atomic.Bool
 			started := make(chan struct{})
-			f := b.executeWith(t, executionConfig{hook: losing{lost: &lost, is: ackTo("pending"), question: !arrives}}, func(s *tasks.Set) {
+			f := b.executeWith(t, executionConfig{hook: losing{lost: &lost, is: endTo("pending"), question: !arrives}}, func(s *tasks.Set) {
 				tasks.Register(s, func(ctx context.Context, _ *tasks.Job, _ probe) (any, error) {
 					close(started)
 					<-ctx.Done()
@@ -232,22 +230,21 @@ type refusal string
 func (r refusal) Error() string { return string(r) }
 func (refusal) RedisError()     {}
 
-func (refusing) DialHook(next redis.DialHook) redis.DialHook { return next }
-func (refusing) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
-	return next
-}
-
-func (r refusing) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
-	return func(ctx context.Context, cmd redis.Cmder) error {
-		if r.now.Load() && strings.HasPrefix(cmd.Name(), "eval") {
-			cmd.SetErr(r.why)
-			return r.why
+func (refusing) DialHook(next redis.DialHook) redis.DialHook          { return next }
+func (refusing) ProcessHook(next redis.ProcessHook) redis.ProcessHook { return next }
+func (r refusing) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
+	return func(ctx context.Context, cmds []redis.Cmder) error {
+		if !r.now.Load() {
+			return next(ctx, cmds)
 		}
-		return next(ctx, cmd)
+		for _, cmd := range cmds {
+			cmd.SetErr(r.why)
+		}
+		return r.why
 	}
 }
 
-func TestAck_ArrivesAlthoughRedisTakesNoWritesWhenTheJobEnds(t *testing.T) {
+func TestEnds_ArrivesAlthoughRedisTakesNoWritesWhenTheJobEnds(t *testing.T) {
 	t.Parallel()
 	for _, why := range []refusal{
 		"NOREPLICAS Not enough good replicas to write.", "MISCONF Redis is configured to save RDB snapshots, but can't",
