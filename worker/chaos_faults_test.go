@@ -110,6 +110,19 @@ func (c *chaos) allFaults(ctx context.Context) []chaosFault {
 			n.postgres.Reset()
 			n.redis.Reset()
 		}},
+		// The answers of fetches are lost, among others: each job that was fetched is to be found again.
+		{name: "answers of Redis dropped", weight: 2, outlasts: pastLease, do: func(n *chaosNode, d time.Duration) {
+			n.redis.DropAnswers()
+			c.meanwhile(n, d, n.redis.Heal)
+		}},
+		// What has been committed meanwhile Redis has not been told.
+		{name: "kill -9 of a worker that has ends to tell", weight: 2, do: func(n *chaosNode, d time.Duration) {
+			n.redis.Blackhole()
+			c.meanwhile(n, d/4, func() {
+				c.killAndStart(n)
+				n.redis.Heal()
+			})
+		}},
 		{name: "connections refused", weight: 1, producers: true, do: func(n *chaosNode, d time.Duration) {
 			n.postgres.Refuse()
 			n.redis.Refuse()

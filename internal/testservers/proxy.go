@@ -27,6 +27,7 @@ type Proxy struct {
 	links    map[*link]struct{}
 	hole     chan struct{} // bytes vanish until it is closed; nil: they do not
 	delay    time.Duration // in each direction
+	dropping bool          // what the target says vanishes
 }
 
 // NewProxy starts a proxy to target ("127.0.0.1:5432") on a free port. It ends with the test.
@@ -70,6 +71,14 @@ func (p *Proxy) Blackhole() {
 	}
 }
 
+// DropAnswers lets vanish what the target says, while it hears its clients. Heal ends it, and cuts the connections that
+// have missed something: TCP has no gaps.
+func (p *Proxy) DropAnswers() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.dropping = true
+}
+
 // Reset cuts every open connection with RST, at both ends. New ones are served.
 func (p *Proxy) Reset() {
 	p.mu.Lock()
@@ -97,10 +106,16 @@ func (p *Proxy) Delay(d time.Duration) {
 	p.delay = d
 }
 
-// Heal ends Blackhole, Refuse and Delay.
+// Heal ends Blackhole, DropAnswers, Refuse and Delay.
 func (p *Proxy) Heal() {
 	p.t.Helper()
 	p.mu.Lock()
+	for l := range p.links {
+		if l.missed {
+			l.reset()
+		}
+	}
+	p.dropping = false
 	if p.hole != nil {
 		close(p.hole)
 		p.hole = nil
@@ -181,7 +196,7 @@ func (p *Proxy) pass(l *link, to, from net.Conn) {
 	writer.Go(func() {
 		for c := range chunks {
 			l.waitUntil(c.due)
-			if hole, _ := p.fault(); hole == nil {
+			if hole, _ := p.fault(); hole == nil && !p.drops(l, to) {
 				_, _ = to.Write(c.bytes) // if to is gone, from will soon hear of it from the other direction
 			}
 		}
@@ -216,11 +231,23 @@ func (p *Proxy) fault() (hole <-chan struct{}, delay time.Duration) {
 	return p.hole, p.delay
 }
 
+// drops reports whether what is said to one side of a link vanishes, and notes that it has.
+func (p *Proxy) drops(l *link, to net.Conn) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.dropping || to != l.client {
+		return false
+	}
+	l.missed = true
+	return true
+}
+
 // link is one client's connection and the one made for it to the target.
 type link struct {
 	client, server net.Conn
 	once           sync.Once
 	cut            chan struct{} // closed by reset
+	missed         bool          // of Proxy.mu: something that the target said has vanished
 }
 
 func (l *link) reset() {

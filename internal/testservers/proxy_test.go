@@ -53,6 +53,24 @@ func TestProxy_BlackholeKeepsACloseFromTheOtherSide(t *testing.T) {
 	Eventually(t, "the close is passed on after Heal", func() bool { return p.Connections() == 0 })
 }
 
+func TestProxy_DropAnswersPassesOnWhatIsSaidToTheServerAndCutsTheConnectionInTheEnd(t *testing.T) {
+	t.Parallel()
+	p, conn := echoThroughProxy(t)
+	say(t, conn, "before\n")
+	hear(t, conn, "before\n")
+	p.DropAnswers()
+	say(t, conn, "lost\n")
+	hearNothing(t, conn)
+	p.Heal()
+	_ = conn.SetReadDeadline(time.Now().Add(giveUp))
+	if _, err := conn.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("read: %v, want a reset, since an answer is missing", err)
+	}
+	again := dial(t, p)
+	say(t, again, "hello\n")
+	hear(t, again, "hello\n")
+}
+
 func TestProxy_ResetCutsOpenConnectionsAndServesNewOnes(t *testing.T) {
 	t.Parallel()
 	p, conn := echoThroughProxy(t)
