@@ -74,7 +74,7 @@ func MoveDue(ctx context.Context, rdb redis.UniversalClient, queues []string) (n
 		case e != nil:
 			err = e
 		case len(reply) != 2:
-			err = errReply
+			err = ErrReply
 		case reply[1] >= 0 && (next < 0 || time.Duration(reply[1])*time.Millisecond < next):
 			next = time.Duration(reply[1]) * time.Millisecond
 		}

@@ -272,7 +272,7 @@ func SendEnds(ctx context.Context, rdb redis.UniversalClient, ends []Ending) []E
 		}
 		held, err := cmd.Int64Slice()
 		if err == nil && len(held) != len(of[n]) {
-			err = errReply
+			err = ErrReply
 		}
 		for k, i := range of[n] {
 			answers[i] = EndAnswer{Held: err == nil && held[k] == 1, Err: err}

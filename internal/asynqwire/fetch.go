@@ -281,8 +281,9 @@ func (f Fetch) call(group []Share) call {
 	return call{fetch, keys, args}
 }
 
-// errReply is returned for an answer that none of carpool's scripts gives.
-var errReply = errors.New("asynqwire: a script's answer can't be read")
+// ErrReply is returned for an answer that none of carpool's scripts gives, as a proxy in
+// front of Redis may.
+var ErrReply = errors.New("asynqwire: a script's answer can't be read")
 
 // add adds a script's answer.
 func (a *Fetching) add(group []Share, cmd *redis.Cmd) error {
@@ -291,7 +292,7 @@ func (a *Fetching) add(group []Share, cmd *redis.Cmd) error {
 		return err
 	}
 	if len(reply) != 5 {
-		return errReply
+		return ErrReply
 	}
 	queueOf := func(n any) (string, bool) {
 		i, _ := n.(int64)
@@ -307,7 +308,7 @@ func (a *Fetching) add(group []Share, cmd *redis.Cmd) error {
 	for _, one := range lists[0] {
 		fields, _ := one.([]any)
 		if len(fields) != 6 {
-			return errReply
+			return ErrReply
 		}
 		queue, ok := queueOf(fields[0])
 		job := Fetched{Queue: queue}
@@ -319,14 +320,14 @@ func (a *Fetching) add(group []Share, cmd *redis.Cmd) error {
 		job.Deliveries = int(deliveries)
 		job.FreeRedeliveries, _ = strconv.Atoi(free)
 		if !ok {
-			return errReply
+			return ErrReply
 		}
 		a.Jobs = append(a.Jobs, job)
 	}
 	for _, one := range lists[1] {
 		fields, _ := one.([]any)
 		if len(fields) != 2 {
-			return errReply
+			return ErrReply
 		}
 		queue, _ := queueOf(fields[0])
 		id, _ := fields[1].(string)

@@ -215,7 +215,7 @@ func (e *ends) left() int {
 // mayBeTriedAgain reports whether Redis did not answer, or answered that it can't
 // serve just now.
 func mayBeTriedAgain(err error) bool {
-	if err == nil {
+	if err == nil || errors.Is(err, asynqwire.ErrReply) {
 		return false
 	}
 	if _, said := errors.AsType[redis.Error](err); said {

@@ -226,8 +226,18 @@ func (x *Executor) HandleError(ctx context.Context, t *asynq.Task, err error) {
 	if h == nil {
 		return
 	}
+	ended, end := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer end(nil)
+	switch {
+	case h.ctx.Err() != nil:
+		end(context.Cause(h.ctx))
+	case errors.Is(err, context.Canceled): // asynq has heard of it first
+		end(errCancelled)
+	case errors.Is(err, asynq.ErrLeaseExpired):
+		end(errLeaseLost)
+	}
 	a := &attempt{held: h, job: job, headers: t.Headers(), started: time.Now(), err: fmt.Errorf("it was too late for the job to begin: %w", err)}
-	x.finish(context.WithoutCancel(ctx), a)
+	x.finish(ended, a)
 }
 
 // newJob describes the attempt.

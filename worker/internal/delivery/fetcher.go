@@ -69,8 +69,9 @@ const (
 	// at again.
 	leaveFor = time.Minute
 	// maxLooks bounds the connections that wait in Redis for jobs of one server. Queues
-	// beyond that are asked for.
-	maxLooks = 16
+	// beyond that are asked for. With the instance's own queue they fit into go-redis'
+	// smallest pool, which has ten connections on one core.
+	maxLooks = 8
 )
 
 func newFetcher(cfg Config, queues map[string]int, slots int, h *held, e *ends) *fetcher {
