@@ -20,10 +20,16 @@ import (
 // That holds for what it does in tx, with [Client.EnqueueTx] among it, and for nothing
 // else. It leaves it to the worker to end tx, and uses tx until it returns at the latest;
 // savepoints are fine.
+//
+// On a first delivery tx begins with its first statement. What comes before that in the
+// handler runs then although the job may be done already, which is rare: the same ID was
+// enqueued again, or Redis had forgotten the job. The statement fails in that case, and
+// nothing that the handler does or returns counts. Later deliveries look first.
 type TxHandler[P Payload, R any] func(ctx context.Context, job *Job, tx pgx.Tx, payload P) (R, error)
 
 // RegisterTx adds a task whose effects happen once to s, and panics as [Register] does.
-// It costs a job one round trip to the database before the handler, and one after it.
+// It costs a job one round trip to the database beside those of its handler, and one more
+// on later deliveries.
 func RegisterTx[P Payload, R any](s *Set, h TxHandler[P, R]) {
 	t := register[P](s)
 	t.Once = true
@@ -92,7 +98,7 @@ var ErrNoAnswer = once.ErrNoAnswer
 // delivery is the job as internal/once knows it, over all runs of one delivery.
 func (j *Job) delivery() *once.Job {
 	if j.once == nil {
-		j.once = &once.Job{DB: j.DB, ID: j.ID, Kind: j.Kind, Queue: j.Queue, Log: j.Log}
+		j.once = &once.Job{DB: j.DB, ID: j.ID, Kind: j.Kind, Queue: j.Queue, First: j.Delivery == 1, Log: j.Log}
 	}
 	return j.once
 }

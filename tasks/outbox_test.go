@@ -450,11 +450,24 @@ func TestEnqueueSQL_AProducerNeedsUsageAndExecuteAndHasNoMore(t *testing.T) {
 // login connects as a role of the test's own, which has no rights.
 func login(t *testing.T, kit *taskstest.Kit) (conn *pgx.Conn, role string) {
 	t.Helper()
+	as, role := newRole(t, kit)
+	conn, err := pgx.Connect(t.Context(), as)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close(context.Background()) })
+	return conn, role
+}
+
+// newRole makes a role of the test's own, which has no rights, and returns the URL with which
+// it logs in.
+func newRole(t *testing.T, kit *taskstest.Kit) (as, role string) {
+	t.Helper()
 	u, err := url.Parse(kit.DatabaseURL)
 	if err != nil {
 		t.Fatal(err)
 	}
-	role = "producer_" + strings.Trim(u.Path, "/") // roles are the server's, not the database's
+	role = "role_" + strings.Trim(u.Path, "/") // roles are the server's, not the database's
 	if _, err := kit.DB.Exec(t.Context(), "CREATE ROLE "+role+" LOGIN PASSWORD 'p'"); err != nil {
 		t.Fatal(err)
 	}
@@ -466,12 +479,7 @@ func login(t *testing.T, kit *taskstest.Kit) (conn *pgx.Conn, role string) {
 		}
 	})
 	u.User = url.UserPassword(role, "p")
-	conn, err = pgx.Connect(t.Context(), u.String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = conn.Close(context.Background()) })
-	return conn, role
+	return u.String(), role
 }
 
 // A producer has the rights that the README grants, and no more power than those.

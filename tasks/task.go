@@ -149,6 +149,9 @@ type Job struct {
 	Attempt int
 	// MaxRetry is how many attempts may follow the first one.
 	MaxRetry int
+	// Delivery counts from 1, attempts that had no end among them, as far as carpool's workers
+	// had the job; 0 if it isn't known. It is for saving work, not for safety.
+	Delivery int
 	// DB is the shared pool. Connections taken from it with the handler's
 	// context are charged to this job.
 	DB *dbpool.Pool

@@ -27,7 +27,11 @@ type Job struct {
 	ID, Kind, Queue string
 	// Isolation is the transaction's; "" is the database's default.
 	Isolation pgx.TxIsoLevel
-	Log       *slog.Logger
+	// First is set for a job that has most likely not been delivered before. Its transaction
+	// begins with the handler's first statement, which saves a round trip; whether it is done
+	// shows only then. It is for one run.
+	First bool
+	Log   *slog.Logger
 
 	recorded bool
 	// yieldOnce has the next claim wait for another run to go first.
@@ -90,6 +94,15 @@ func (j *Job) Do(ctx context.Context, fn func(tx pgx.Tx) ([]byte, error)) (json.
 	if j.recorded {
 		return nil, &MisuseError{errors.New("tasks.Once was called twice")}
 	}
+	if j.First {
+		j.First = false
+		result, again, err := j.runFirst(ctx, fn)
+		if !again {
+			j.yieldOnce = isEnded(err)
+			j.recorded = err == nil
+			return result, err
+		}
+	}
 	for {
 		c, err := j.claim(ctx)
 		if err != nil {
@@ -141,20 +154,31 @@ func (j *Job) Look(ctx context.Context) (result json.RawMessage, done bool, err 
 }
 
 const (
-	// lockJob keeps a second run of the same job out for as long as the
-	// transaction is open; the record alone would only stop it at its end.
-	// The setting is gone with the transaction, so that recordJob knows it again.
-	lockJob = "SELECT pg_try_advisory_xact_lock(hashtextextended('carpool job ' || $1 || ' ' || $2, 0)) FROM set_config('carpool.job', $1, true)"
+	// jobKey is the key of the advisory lock that a run has.
+	jobKey = "hashtextextended('carpool job ' || $1 || ' ' || $2, 0)"
+	// lockJob keeps a second run of the same job out for as long as the transaction is open;
+	// the record alone would only stop it at its end. It fails with stateOtherHolds. The
+	// setting is gone with the transaction, so that recordJob knows it again.
+	lockJob = "SELECT CASE WHEN NOT pg_try_advisory_xact_lock(" + jobKey + ") THEN carpool.refuse_run('" + stateOtherHolds + "') END FROM set_config('carpool.job', $1, true)"
 	lookJob = "SELECT result FROM carpool.jobs_done WHERE id = $1 AND kind = $2"
+	// refuseDone fails with stateIsDone if the job has a record, and else has the server send
+	// what it has answered so far.
+	refuseDone = "SELECT carpool.begin_run($1, $2)"
 	// endHolder ends the session that holds lockJob.
 	endHolder = `SELECT count(pg_terminate_backend(l.pid)) FROM pg_locks l,
-		LATERAL (SELECT hashtextextended('carpool job ' || $1 || ' ' || $2, 0) AS key) k
+		LATERAL (SELECT ` + jobKey + ` AS key) k
 		WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1 AND l.pid <> pg_backend_pid()
 		AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
 		AND l.classid = ((k.key >> 32) & 4294967295)::oid AND l.objid = (k.key & 4294967295)::oid`
 	// recordJob fails, since the id can't be null, in another transaction than the
 	// one that lockJob was in.
 	recordJob = "INSERT INTO carpool.jobs_done (id, kind, queue, result) VALUES (CASE current_setting('carpool.job', true) WHEN $1 THEN $1 END, $2, $3, $4)"
+)
+
+// The SQLSTATEs of carpool.refuse_run.
+const (
+	stateOtherHolds = "CP001"
+	stateIsDone     = "CP002"
 )
 
 const (
@@ -223,10 +247,9 @@ func (j *Job) tryClaim(ctx context.Context) (claim, error) {
 		return claim{}, err
 	}
 	var c claim
-	locked := false
 	var b pgx.Batch
 	b.BeginTx(pgx.TxOptions{IsoLevel: j.Isolation})
-	b.Queue(lockJob, j.ID, j.Kind).QueryRow(func(row pgx.Row) error { return row.Scan(&locked) })
+	b.Queue(lockJob, j.ID, j.Kind)
 	// A statement of its own, so that it sees what was committed before the lock
 	// was had.
 	b.Queue(lookJob, j.ID, j.Kind).QueryRow(func(row pgx.Row) error {
@@ -240,22 +263,23 @@ func (j *Job) tryClaim(ctx context.Context) (claim, error) {
 	beginCtx, cancel := context.WithTimeout(ctx, answerBound)
 	defer cancel()
 	results := conn.SendBatch(beginCtx, &b)
-	inner := results.Tx()
-	if err := results.Close(); err != nil {
-		conn.Release()
-		if beginCtx.Err() != nil && ctx.Err() == nil {
-			err = fmt.Errorf("%w: %w", ErrNoAnswer, err)
-		}
-		return claim{}, err
-	}
-	tx := &jobTx{lentTx: lentTx{inner, conn}}
-	if c.done || !locked {
-		tx.rollBack()
-		c.heldByOther = !c.done
+	tx := &jobTx{lentTx: lentTx{results.Tx(), conn}}
+	err = results.Close()
+	e, refused := errors.AsType[*pgconn.PgError](err)
+	c.heldByOther = refused && e.Code == stateOtherHolds
+	if err == nil && !c.done {
+		c.mine = tx
 		return c, nil
 	}
-	c.mine = tx
-	return c, nil
+	if err == nil || c.heldByOther {
+		tx.rollBack()
+		return c, nil
+	}
+	conn.Release()
+	if beginCtx.Err() != nil && ctx.Err() == nil {
+		err = fmt.Errorf("%w: %w", ErrNoAnswer, err)
+	}
+	return claim{}, err
 }
 
 // endOther ends the session of the job's other run. may is false if it is another

@@ -44,15 +44,29 @@ func (t *jobTx) commit(ctx context.Context, job *Job, result json.RawMessage) er
 		return errors.New("the transaction's connection is closed, and the handler has returned no error: a statement that was broken off closes it")
 	}
 	var b pgx.Batch
-	recorded := false
+	recorded := queueCommit(&b, job, result)
+	commitCtx, cancel := outlast(ctx, answerBound)
+	defer cancel()
+	return t.committed(t.conn.SendBatch(commitCtx, &b).Close(), recorded)
+}
+
+// queueCommit queues the job's record and COMMIT. The record has been written once recorded
+// is true.
+func queueCommit(b *pgx.Batch, job *Job, result json.RawMessage) (recorded *bool) {
+	recorded = new(bool)
 	b.Queue(recordJob, job.ID, job.Kind, job.Queue, result).Exec(func(pgconn.CommandTag) error {
-		recorded = true
+		*recorded = true
 		return nil
 	})
 	b.Queue("COMMIT")
-	commitCtx, cancel := outlast(ctx, answerBound)
-	defer cancel()
-	err := t.conn.SendBatch(commitCtx, &b).Close()
+	return recorded
+}
+
+// errWentOn is the failure of a handler that passes over one of its statements'.
+var errWentOn = errors.New("the handler went on after a statement of its transaction had failed, and returned no error; nothing is committed")
+
+// committed ends the transaction if it is committed, and says else why it isn't.
+func (t *jobTx) committed(err error, recorded *bool) error {
 	if err == nil {
 		t.ended = true
 		t.conn.Release()
@@ -64,10 +78,10 @@ func (t *jobTx) commit(ctx context.Context, job *Job, result json.RawMessage) er
 		return fmt.Errorf("commit the job's transaction: the handler has left rows open, or still uses it: %w", err)
 	case !refused || dbpool.IsAway(err):
 		return fmt.Errorf("commit the job's transaction: %w: %w", ErrNoAnswer, err)
-	case !recorded && e.Code == pgerrcode.NotNullViolation && e.TableName == "jobs_done":
+	case !*recorded && e.Code == pgerrcode.NotNullViolation && e.TableName == "jobs_done":
 		return &MisuseError{errTxNotYours}
-	case !recorded && e.Code == pgerrcode.InFailedSQLTransaction:
-		return errors.New("the handler went on after a statement of its transaction had failed, and returned no error; nothing is committed")
+	case !*recorded && e.Code == pgerrcode.InFailedSQLTransaction:
+		return errWentOn
 	}
 	return fmt.Errorf("commit the job's transaction: %w", err)
 }

@@ -101,6 +101,7 @@ func (x *Executor) process(asynqCtx context.Context, t *asynq.Task) {
 	if h == nil {
 		return // its lease was lost in this moment
 	}
+	job.Delivery = h.deliveries
 	ctx, release := x.jobContext(asynqCtx, h, started)
 	defer release()
 	a := &attempt{held: h, job: job, headers: t.Headers(), started: started}
