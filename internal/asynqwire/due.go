@@ -13,6 +13,11 @@ import (
 // KEYS[3i-2 … 3i] for queue i: scheduled, retry, pending
 // ARGV[2i-1], ARGV[2i] for queue i: what the keys of its jobs begin with, and of its groups
 var due = newScript(`
+local sets = {}
+for i = 1, #KEYS, 3 do
+	sets[#sets+1], sets[#sets+2] = KEYS[i], KEYS[i+1]
+end
+if redis.call("EXISTS", unpack(sets)) == 0 then return {0, -1} end
 local time = redis.call("TIME")
 local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
 local stamp = string.format("%.6f", now)

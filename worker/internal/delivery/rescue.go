@@ -34,6 +34,7 @@ type Rescue struct {
 	seen    map[string]lease     // of active jobs, by queue and id
 	scanned time.Time            // when seen was seen
 	warned  map[string]time.Time // when it was last warned: of a queue's archive that is nearly full, of a job
+	counted time.Time            // when the archives were counted
 	ctx     context.Context
 	cancel  context.CancelFunc
 	done    sync.WaitGroup
@@ -48,6 +49,8 @@ type lease struct {
 
 const (
 	rescueEvery = 3 * time.Second
+	// archiveEvery is how often the archives are counted.
+	archiveEvery = time.Minute
 	// leaseStill is asynq's lease and a little more.
 	leaseStill = 32 * time.Second
 	// overStill is a heartbeat and a little more.
@@ -95,6 +98,22 @@ func (r *Rescue) run(ctx context.Context) {
 			continue
 		}
 		r.seen, r.scanned = found, now
+		if now.Sub(r.counted) > archiveEvery {
+			r.counted = now
+			r.countArchives(ctx)
+		}
+	}
+}
+
+// countArchives warns, once an hour, of archives that are nearly full.
+func (r *Rescue) countArchives(ctx context.Context) {
+	for _, queue := range r.queues {
+		n, err := r.rdb.ZCard(ctx, asynqwire.Archived(queue)).Result()
+		if err == nil && n >= asynqwire.ArchiveWarning && time.Since(r.warned[queue]) > time.Hour {
+			r.warned[queue] = time.Now()
+			r.log.Warn("the archive of a queue is nearly full, and asynq then drops the oldest jobs; see the command archive ls",
+				"queue", queue, "archived", n, "limit", asynqwire.ArchiveLimit)
+		}
 	}
 }
 
@@ -113,14 +132,8 @@ func (r *Rescue) scanQueue(ctx context.Context, queue string, passed time.Durati
 	pipe := r.rdb.Pipeline()
 	active := pipe.LRange(ctx, asynqwire.Active(queue), 0, -1)
 	leases := pipe.ZRangeWithScores(ctx, asynqwire.Leases(queue), 0, -1)
-	archived := pipe.ZCard(ctx, asynqwire.Archived(queue))
 	if _, err := pipe.Exec(ctx); err != nil {
 		return err
-	}
-	if n := archived.Val(); n >= asynqwire.ArchiveWarning && time.Since(r.warned[queue]) > time.Hour {
-		r.warned[queue] = time.Now()
-		r.log.Warn("the archive of a queue is nearly full, and asynq then drops the oldest jobs; see the command archive ls",
-			"queue", queue, "archived", n, "limit", asynqwire.ArchiveLimit)
 	}
 	expiries := make(map[string]string)
 	for _, z := range leases.Val() {
