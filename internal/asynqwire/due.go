@@ -30,8 +30,11 @@ for i = 1, #KEYS / 3 do
 		while #first > 0 and tonumber(first[2]) <= now and moved < 1000 do
 			for _, id in ipairs(redis.call("ZRANGEBYSCORE", set, "-inf", stamp, "LIMIT", 0, 100)) do
 				redis.call("ZREM", set, id)
-				local group = redis.call("HGET", prefix .. id, "group")
-				if group and group ~= "" then
+				local job = redis.pcall("HMGET", prefix .. id, "msg", "group")
+				local group = job[2]
+				if not job[1] then
+					redis.call("LPUSH", pending, id) -- its hash is gone, or is none; the fetch finds that out
+				elseif group and group ~= "" then
 					redis.call("ZADD", groups .. group, time[1], id)
 					redis.call("HSET", prefix .. id, "state", "aggregating")
 				else

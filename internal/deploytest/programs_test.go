@@ -160,6 +160,9 @@ func (s source) addSettings(to settings, of ast.Expr, plugins func()) {
 	}
 	for _, field := range s.structs[name.Name].Fields.List {
 		tag := tagOf(field)
+		if _, isHidden := tag.Lookup("hidden"); isHidden {
+			continue // it has no effect any more, and is taken all the same
+		}
 		if name := tag.Get("env"); name != "" {
 			to[name] = tag.Get("default")
 			if typ, ok := field.Type.(*ast.Ident); ok && (typ.Name == "bool" || typ.Name == "onOff") && to[name] == "" {
