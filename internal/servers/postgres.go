@@ -48,6 +48,7 @@ type Postgres struct {
 	home     *home
 	password string
 	port     int
+	primary  *Postgres // what a standby is a copy of; nil for others
 
 	mu      sync.Mutex // guards what follows
 	server  *process
@@ -70,21 +71,28 @@ func startPostgres(ctx context.Context, cfg PostgresConfig, finder postgresFinde
 	if err != nil {
 		return nil, err
 	}
-	home, err := newHome(cfg.Dir, temporaryRoot(), "carpool-pg-")
-	if err != nil {
+	pg := &Postgres{cfg: cfg, programs: programs}
+	if err := pg.launch(ctx, candidates); err != nil {
 		return nil, err
 	}
-	pg := &Postgres{cfg: cfg, programs: programs, home: home}
-	if err = pg.prepare(ctx, candidates); err == nil {
-		err = onSomePort(cfg.Port, func(port int) error {
-			pg.port = port
-			return pg.start(ctx)
+	return pg, nil
+}
+
+// launch makes the server's folder and starts the server in it.
+func (p *Postgres) launch(ctx context.Context, candidates []identity) (err error) {
+	if p.home, err = newHome(p.cfg.Dir, temporaryRoot(), "carpool-pg-"); err != nil {
+		return err
+	}
+	if err = p.prepare(ctx, candidates); err == nil {
+		err = onSomePort(p.cfg.Port, func(port int) error {
+			p.port = port
+			return p.start(ctx)
 		})
 	}
 	if err != nil {
-		return nil, errors.Join(err, home.abandon())
+		return errors.Join(err, p.home.abandon())
 	}
-	return pg, nil
+	return nil
 }
 
 func (p *Postgres) dataDir() string      { return filepath.Join(p.home.dir, "data") }
@@ -105,6 +113,9 @@ func (p *Postgres) prepare(ctx context.Context, candidates []identity) error {
 	isNew := errors.Is(err, os.ErrNotExist)
 	if isNew {
 		p.password = newPassword()
+		if p.primary != nil {
+			p.password = p.primary.password
+		}
 		if err := os.WriteFile(p.passwordFile(), []byte(p.password+"\n"), 0o600); err != nil {
 			return err
 		}
@@ -118,20 +129,32 @@ func (p *Postgres) prepare(ctx context.Context, candidates []identity) error {
 	if p.identity, err = chooseIdentity(ctx, p.programs.postgres, p.home.dir, candidates); err != nil {
 		return err
 	}
-	if !isNew {
+	switch {
+	case !isNew:
 		return nil
+	case p.primary != nil:
+		return p.makeData(ctx, p.copyPrimary)
+	default:
+		return p.makeData(ctx, p.initdb)
 	}
-	return p.initdb(ctx)
 }
 
-// initdb makes the data folder. It gets its name when it is whole, so that one that was cut off is never taken for it.
-func (p *Postgres) initdb(ctx context.Context) error {
+// makeData has fill make the data folder. It gets its name when it is whole, so that one that was cut off is never taken for
+// it.
+func (p *Postgres) makeData(ctx context.Context, fill func(ctx context.Context, dir string) error) error {
 	unfinished := p.dataDir() + ".new"
 	if err := os.RemoveAll(unfinished); err != nil {
 		return err
 	}
+	if err := fill(ctx, unfinished); err != nil {
+		return fmt.Errorf("%s: %w", p.identity.name, err)
+	}
+	return os.Rename(unfinished, p.dataDir())
+}
+
+func (p *Postgres) initdb(ctx context.Context, dir string) error {
 	args := []string{
-		"--pgdata", unfinished, "--username", "postgres", "--pwfile", p.passwordFile(),
+		"--pgdata", dir, "--username", "postgres", "--pwfile", p.passwordFile(),
 		"--auth", "scram-sha-256", "--encoding", "UTF8", "--no-locale",
 	}
 	if !p.cfg.Durable {
@@ -139,10 +162,7 @@ func (p *Postgres) initdb(ctx context.Context) error {
 	}
 	cmd := p.identity.command(p.home.dir, p.programs.initdb, args...)
 	cmd.Env = cleanEnv()
-	if err := run(ctx, cmd, "initdb", p.cfg.Log, p.home.dog.watch); err != nil {
-		return fmt.Errorf("%s: %w", p.identity.name, err)
-	}
-	return os.Rename(unfinished, p.dataDir())
+	return run(ctx, cmd, "initdb", p.cfg.Log, p.home.dog.watch)
 }
 
 // cleanEnv is our environment without what would lead Postgres's own programs astray.
@@ -237,32 +257,59 @@ func (p *Postgres) Database(ctx context.Context, name string) (string, error) {
 	return p.url(name), nil
 }
 
-// Restart stops the server in one of Postgres's own three ways and starts it again on the same port and data: "smart" waits
-// for clients to leave, "fast" ends their sessions, "immediate" is a crash with recovery. A paused server is resumed first.
+// Restart is Shutdown, and then starts the server again on the same port and data.
 func (p *Postgres) Restart(ctx context.Context, mode string) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err := p.shutdown(ctx, mode); err != nil {
+		return fmt.Errorf("servers: restart Postgres: %w", err)
+	}
+	if err := p.start(ctx); err != nil {
+		return fmt.Errorf("servers: restart Postgres: %w", err)
+	}
+	return nil
+}
+
+// Shutdown stops the server in one of Postgres's own three ways: "smart" waits for clients to leave, "fast" ends their
+// sessions, "immediate" is a crash, with recovery at the next start. A paused server is resumed first. Restart brings it back.
+func (p *Postgres) Shutdown(ctx context.Context, mode string) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err := p.shutdown(ctx, mode); err != nil {
+		return fmt.Errorf("servers: shut Postgres down: %w", err)
+	}
+	return nil
+}
+
+func (p *Postgres) shutdown(ctx context.Context, mode string) error {
 	signal, ok := map[string]syscall.Signal{
 		"smart": syscall.SIGTERM, "fast": syscall.SIGINT, "immediate": syscall.SIGQUIT,
 	}[mode]
 	if !ok {
-		return fmt.Errorf("servers: restart Postgres: mode %q is none of smart, fast, immediate", mode)
+		return fmt.Errorf("mode %q is none of smart, fast, immediate", mode)
 	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
 	if p.stopped {
-		return errors.New("servers: restart Postgres: it has been stopped")
+		return errors.New("it has been stopped")
 	}
 	if err := p.resume(); err != nil {
 		return err
 	}
 	p.server.signal(signal)
 	if err := p.server.wait(ctx); err != nil {
-		return fmt.Errorf("servers: restart Postgres: %w", err)
+		return err
 	}
 	p.home.dog.watch(0)
-	if err := p.start(ctx); err != nil {
-		return fmt.Errorf("servers: restart Postgres: %w", err)
-	}
 	return nil
+}
+
+// Kill ends the server with SIGKILL, paused or not, as a crash does; its sessions notice and end too. Restart brings it back.
+func (p *Postgres) Kill() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.server.signal(syscall.SIGKILL)
+	_ = p.resume() // frozen sessions would not notice; it never fails
+	<-p.server.done
+	p.home.dog.watch(0)
 }
 
 // Pause freezes the server and all its sessions (SIGSTOP): connections stay open and nothing answers.
