@@ -147,10 +147,24 @@ func (j *Job) Look(ctx context.Context) (result json.RawMessage, done bool, err 
 	if errors.Is(err, pgx.ErrNoRows) {
 		return nil, false, nil
 	}
+	if err == nil {
+		err = j.confirmRecord(ctx)
+	}
 	if err != nil {
 		return nil, false, fmt.Errorf("%w: look whether the job is done: %w", ErrNotBegun, err)
 	}
 	return result, true, nil
+}
+
+// confirmRecord returns nil once the record that was found is as safe as a commit that was
+// answered. It commits something after it, and so waits for a synchronous standby, because
+// a record can be seen that the standby doesn't have: when a commit that waits for one is
+// cancelled, or its session ended, the primary keeps it, and a failover loses it.
+func (j *Job) confirmRecord(ctx context.Context) error {
+	if _, err := j.DB.Exec(ctx, confirm); err != nil {
+		return fmt.Errorf("confirm the job's record: %w", err)
+	}
+	return nil
 }
 
 const (
@@ -164,6 +178,9 @@ const (
 	// refuseDone fails with stateIsDone if the job has a record, and else has the server send
 	// what it has answered so far.
 	refuseDone = "SELECT carpool.begin_run($1, $2)"
+	// confirm writes a message into the log that nobody reads. It needs no rights and leaves
+	// no dead row.
+	confirm = "SELECT pg_logical_emit_message(true, 'carpool', '')"
 	// endHolder ends the session that holds lockJob.
 	endHolder = `SELECT count(pg_terminate_backend(l.pid)) FROM pg_locks l,
 		LATERAL (SELECT ` + jobKey + ` AS key) k
@@ -222,6 +239,9 @@ func (j *Job) claim(ctx context.Context) (claim, error) {
 		c, err := j.tryClaim(ctx)
 		if err != nil && waited && ctx.Err() != nil {
 			err = fmt.Errorf("%w: %w", ErrOtherRun, err)
+		}
+		if err == nil && c.done {
+			err = j.confirmRecord(ctx)
 		}
 		if err != nil || !c.heldByOther {
 			return c, err
