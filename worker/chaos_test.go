@@ -56,7 +56,7 @@ func TestChaos_EveryEffectHappensExactlyOnce(t *testing.T) {
 		t.Run(mode, func(t *testing.T) {
 			t.Logf("again with: -chaos.seed=%d -chaos.mode=%s -chaos.jobs=%d -chaos.time=%s -chaos.long=%t", seed, mode, *chaosJobs, *chaosTime, *chaosLong)
 			c := newChaos(t, mode, seed)
-			r := c.run()
+			r := c.run(c.breakThings)
 			reports = append(reports, r)
 			fmt.Print(chaosTable(r))
 			for _, end := range c.endings {
@@ -83,13 +83,18 @@ type chaos struct {
 	t        *testing.T
 	mode     string
 	seed     uint64
+	jobs     int           // see chaosJobs
+	time     time.Duration // see chaosTime
 	postgres *servers.Postgres
 	redis    *servers.Redis
 	db       *pgxpool.Pool // past all proxies, as the inspector is
-	inspect  *asynq.Inspector
-	celery   *celeryMode // nil in the other modes
-	workers  []*chaosNode
-	logs     string // the folder of the workers' logs
+	// cable returns the URL by which a machine reaches Postgres, and the proxy on the way.
+	cable   func() (string, *testservers.Proxy)
+	env     []string // further variables of the workers
+	inspect *asynq.Inspector
+	celery  *celeryMode // nil in the other modes
+	workers []*chaosNode
+	logs    string // the folder of the workers' logs
 
 	producers *chaosNode // their machine; it runs no worker
 	producer  struct {   // what they work with
@@ -138,12 +143,23 @@ type chaosProcess struct {
 
 func newChaos(t *testing.T, mode string, seed uint64) *chaos {
 	t.Helper()
-	c := &chaos{t: t, mode: mode, seed: seed, faults: make(map[string]int), logs: t.ArtifactDir()}
+	c := &chaos{t: t, mode: mode, seed: seed, jobs: *chaosJobs, time: *chaosTime}
+	c.startServers(servers.PostgresConfig{})
+	c.startWorkers()
+	return c
+}
+
+// startServers starts the servers and makes the tables.
+func (c *chaos) startServers(cfg servers.PostgresConfig) {
+	t := c.t
+	t.Helper()
+	c.faults, c.logs = make(map[string]int), t.ArtifactDir()
 	var err error
-	if c.postgres, err = servers.StartPostgres(t.Context(), servers.PostgresConfig{}); err != nil {
+	if c.postgres, err = servers.StartPostgres(t.Context(), cfg); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = c.postgres.Stop() })
+	c.cable = func() (string, *testservers.Proxy) { return testservers.ThroughProxy(t, c.postgres.URL()) }
 	if c.redis, err = servers.StartRedis(t.Context(), servers.RedisConfig{AppendFsync: "always"}); err != nil {
 		t.Fatal(err)
 	}
@@ -151,10 +167,7 @@ func newChaos(t *testing.T, mode string, seed uint64) *chaos {
 	if err := schema.Migrate(t.Context(), c.postgres.URL(), workertest.Discard()); err != nil {
 		t.Fatal(err)
 	}
-	if c.db, err = pgxpool.New(t.Context(), c.postgres.URL()); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(c.db.Close)
+	c.lookInto(c.postgres.URL())
 	for _, sql := range []string{
 		// Nothing is unique: doubles must show.
 		"CREATE TABLE effects (job_id text, n int, at timestamptz DEFAULT clock_timestamp())",
@@ -165,12 +178,27 @@ func newChaos(t *testing.T, mode string, seed uint64) *chaos {
 			t.Fatal(err)
 		}
 	}
+}
+
+// lookInto has the effects looked for in the database at url.
+func (c *chaos) lookInto(url string) {
+	c.t.Helper()
+	var err error
+	if c.db, err = pgxpool.New(c.t.Context(), url); err != nil {
+		c.t.Fatal(err)
+	}
+	c.t.Cleanup(c.db.Close)
+}
+
+// startWorkers starts three workers and connects the producers.
+func (c *chaos) startWorkers() {
+	t := c.t
+	t.Helper()
 	c.inspect = asynq.NewInspectorFromRedisClient(workertest.OpenRedis(t, c.redis.URL()))
 	c.connectProducers()
-	if mode == celery {
+	if c.mode == celery {
 		c.celery = newCelery(c)
 	}
-
 	for i := range 3 {
 		n := c.newNode(fmt.Sprint("worker-", i))
 		c.workers = append(c.workers, n)
@@ -192,7 +220,6 @@ func newChaos(t *testing.T, mode string, seed uint64) *chaos {
 			return err == nil && there
 		})
 	}
-	return c
 }
 
 // carpools reports whether carpool runs the jobs.
@@ -203,12 +230,12 @@ func (c *chaos) newNode(name string) *chaosNode {
 	c.t.Helper()
 	n := &chaosNode{name: name}
 	var databaseURL, redisURL string
-	databaseURL, n.postgres = testservers.ThroughProxy(c.t, c.postgres.URL())
+	databaseURL, n.postgres = c.cable()
 	redisURL, n.redis = testservers.ThroughProxy(c.t, c.redis.URL())
-	n.env = []string{
+	n.env = append([]string{
 		"DATABASE_URL=" + databaseURL, "REDIS_URL=" + redisURL, chaosEnv + "=" + c.mode,
 		"LOG_LEVEL=debug", "LOG_FORMAT=json", "PATH=" + os.Getenv("PATH"), "GORACE=halt_on_error=1",
-	}
+	}, c.env...)
 	return n
 }
 
@@ -301,14 +328,14 @@ func (n *chaosNode) signal(s syscall.Signal) (another func(syscall.Signal)) {
 	return p.signal
 }
 
-// run enqueues jobs while things break, waits until all is quiet, and reports what
-// came of it.
-func (c *chaos) run() *chaosReport {
+// run enqueues jobs while breakThings does what it is called, waits until all is quiet,
+// and reports what came of it. The context of breakThings ends when the jobs are enqueued.
+func (c *chaos) run(breakThings func(context.Context)) *chaosReport {
 	began := time.Now()
 	ctx, cancel := context.WithCancel(c.t.Context())
 	defer cancel()
 	var breaking sync.WaitGroup
-	breaking.Go(func() { c.breakThings(ctx) })
+	breaking.Go(func() { breakThings(ctx) })
 	c.produce(began)
 	cancel()
 	breaking.Wait()
@@ -343,10 +370,10 @@ func (c *chaos) produce(began time.Time) {
 		producers.Go(func() {
 			for !c.t.Failed() {
 				n := int(next.Add(1))
-				if n > *chaosJobs {
+				if n > c.jobs {
 					return
 				}
-				time.Sleep(time.Until(began.Add(*chaosTime * time.Duration(n) / time.Duration(*chaosJobs))))
+				time.Sleep(time.Until(began.Add(c.time * time.Duration(n) / time.Duration(c.jobs))))
 				if n%2 == 0 {
 					c.enqueueByClient(n)
 				} else {

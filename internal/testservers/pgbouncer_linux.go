@@ -22,7 +22,7 @@ import (
 )
 
 // PgBouncer starts a PgBouncer in transaction mode before the database of a URL, with two connections of its own to it, and
-// returns the URL that leads through it. It ends with the test.
+// returns the URL that leads through it. The URL's user may use its console, the database pgbouncer. It ends with the test.
 func PgBouncer(t testing.TB, rawURL string) string {
 	t.Helper()
 	program, err := exec.LookPath("pgbouncer")
@@ -53,9 +53,10 @@ listen_addr = 127.0.0.1
 listen_port = %d
 unix_socket_dir =
 auth_type = any
+admin_users = %s
 pool_mode = transaction
 default_pool_size = 2
-`, strings.Trim(u.Path, "/"), u.Hostname(), u.Port(), u.User.Username(), password, port)
+`, strings.Trim(u.Path, "/"), u.Hostname(), u.Port(), u.User.Username(), password, port, u.User.Username())
 	if err := os.WriteFile(ini, []byte(config), 0o600); err != nil {
 		t.Fatal(err)
 	}
