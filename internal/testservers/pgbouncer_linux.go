@@ -56,6 +56,7 @@ auth_type = any
 admin_users = %s
 pool_mode = transaction
 default_pool_size = 2
+server_login_retry = 1
 `, strings.Trim(u.Path, "/"), u.Hostname(), u.Port(), u.User.Username(), password, port, u.User.Username())
 	if err := os.WriteFile(ini, []byte(config), 0o600); err != nil {
 		t.Fatal(err)
