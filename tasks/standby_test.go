@@ -99,13 +99,3 @@ func TestRegisterTx_ARecordThatNoStandbyHasIsNotTheJobsEnd(t *testing.T) {
 		})
 	}
 }
-
-func openPool(t *testing.T, url string) *dbpool.Pool {
-	t.Helper()
-	db, err := dbpool.Open(t.Context(), dbpool.DefaultConfig(url))
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(db.Close)
-	return db
-}
