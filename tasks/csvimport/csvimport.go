@@ -148,9 +148,9 @@ type Importer struct {
 // second pass is the transaction of [tasks.Once], so that rows are appended once, however
 // often the job is delivered. The memory used is that of the longest row.
 //
-// An error of the content, or of a source that can't be had, is permanent. After one of a
-// server in trouble, a download that is cut short or a lost database, the job is tried
-// again.
+// An error of the content, or of a source that can't be had, is permanent, and so is a copy
+// for which the worker's own disk has no room. After an error of a server in trouble, a
+// download that is cut short or a lost database, the job is tried again.
 func (i Importer) Handle(ctx context.Context, job *tasks.Job, p Import) (Result, error) {
 	// To hold the rows back until the types are known would take memory. To COPY everything
 	// as text and cast it on the server would write each row there twice, and hold a

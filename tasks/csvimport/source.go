@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -111,7 +112,7 @@ const defaultStall = time.Minute
 func (i Importer) openURL(ctx context.Context, s *source, u *url.URL) (err error) {
 	spool, err := os.CreateTemp("", "carpool-import-*.csv")
 	if err != nil {
-		return fmt.Errorf("keep a copy: %w", err)
+		return spoolError(err)
 	}
 	// Removed at once where the system allows, so that nothing can leave it behind.
 	removed := os.Remove(spool.Name()) == nil
@@ -164,8 +165,39 @@ func (i Importer) openURL(ctx context.Context, s *source, u *url.URL) (err error
 	s.first = io.TeeReader(&boundedReader{left: most, tooLarge: tooLarge, r: &stallReader{
 		r: resp.Body, ctx: ctx, after: stall,
 		timer: time.AfterFunc(stall, func() { cancel(fmt.Errorf("the server sent nothing for %v", stall)) }),
-	}}, spool)
+	}}, spoolWriter{spool})
 	return nil
+}
+
+// spoolWriter writes the copy of a file from the web to the worker's own disk.
+type spoolWriter struct{ file *os.File }
+
+// Write implements [io.Writer].
+func (w spoolWriter) Write(p []byte) (int, error) {
+	n, err := w.file.Write(p)
+	if err != nil {
+		err = spoolError(err)
+	}
+	return n, err
+}
+
+// spoolError says why a copy can't be kept. It is permanent where the disk has no room or
+// the folder takes no file, because each further try would download the file up to the same
+// point. The name of the copy is left out: it is gone by then.
+func spoolError(err error) error {
+	reason := err
+	if e, ok := errors.AsType[*fs.PathError](err); ok {
+		reason = e.Err
+	}
+	full := []error{syscall.ENOSPC, syscall.EDQUOT, syscall.EFBIG}
+	unfit := []error{fs.ErrNotExist, fs.ErrPermission, syscall.ENOTDIR, syscall.EROFS}
+	switch isReason := func(e error) bool { return errors.Is(reason, e) }; {
+	case slices.ContainsFunc(full, isReason):
+		return tasks.Permanent(fmt.Errorf("the worker's own disk has no room for a copy of the file in %s: %w; make room there, or set TMPDIR to a folder that has it", os.TempDir(), reason))
+	case slices.ContainsFunc(unfit, isReason):
+		return tasks.Permanent(fmt.Errorf("the worker can't keep a copy of the file in %s: %w; set TMPDIR to a folder that it may write to", os.TempDir(), reason))
+	}
+	return fmt.Errorf("keep a copy in %s: %w", os.TempDir(), reason)
 }
 
 // boundedReader fails with tooLarge where more than left bytes come. It stands behind the
