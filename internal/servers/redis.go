@@ -24,6 +24,8 @@ type RedisConfig struct {
 	// AppendFsync is "always" or "everysec": the data outlives Kill and Restart, and the server if Dir is set. Empty: it
 	// does not.
 	AppendFsync string
+	// ReplicaOf is the server that this one copies; its start returns when it has a copy. Both have one password. Nil: none.
+	ReplicaOf *Redis
 	// Log receives what the server prints. Nil: only the end of it is kept, for errors.
 	Log io.Writer
 }
@@ -38,6 +40,7 @@ type Redis struct {
 	home     *home
 	password string
 	port     int
+	sentinel *sentinel // nil: it is a server of data
 
 	mu      sync.Mutex // guards what follows
 	server  *process
@@ -59,26 +62,32 @@ func startRedis(ctx context.Context, cfg RedisConfig, lookPath func(string) (str
 	if f := cfg.AppendFsync; f != "" && f != "always" && f != "everysec" {
 		return nil, fmt.Errorf(`AppendFsync is %q; it must be "", "always" or "everysec"`, f)
 	}
-	program, err := lookPath("redis-server")
-	if err != nil {
-		if program, err = lookPath("valkey-server"); err != nil {
-			return nil, fmt.Errorf("redis-server %w on PATH, nor valkey-server; "+
+	r := &Redis{cfg: cfg, password: newPassword()}
+	if cfg.ReplicaOf != nil {
+		r.password = cfg.ReplicaOf.password
+	}
+	return r, r.startAtHome(ctx, lookPath)
+}
+
+// startAtHome finds the program, and starts it for the first time.
+func (r *Redis) startAtHome(ctx context.Context, lookPath func(string) (string, error)) (err error) {
+	if r.program, err = lookPath("redis-server"); err != nil {
+		if r.program, err = lookPath("valkey-server"); err != nil {
+			return fmt.Errorf("redis-server %w on PATH, nor valkey-server; "+
 				"install one (Debian: apt-get install redis-server; macOS: brew install redis)", ErrNotFound)
 		}
 	}
-	home, err := newHome(cfg.Dir, temporaryRoot(), "carpool-redis-")
-	if err != nil {
-		return nil, err
+	if r.home, err = newHome(r.cfg.Dir, temporaryRoot(), "carpool-redis-"); err != nil {
+		return err
 	}
-	r := &Redis{cfg: cfg, program: program, home: home, password: newPassword()}
-	err = onSomePort(cfg.Port, func(port int) error {
+	err = onSomePort(r.cfg.Port, func(port int) error {
 		r.port = port
 		return r.start(ctx)
 	})
 	if err != nil {
-		return nil, errors.Join(err, home.abandon())
+		return errors.Join(err, r.home.abandon())
 	}
-	return r, nil
+	return nil
 }
 
 // config is the server's configuration. It goes to standard input, since everybody can read a command line.
@@ -87,11 +96,16 @@ func (r *Redis) config() string {
 		"bind 127.0.0.1",
 		"port " + strconv.Itoa(r.port),
 		"requirepass " + r.password,
+		"masterauth " + r.password,
 		"databases " + strconv.Itoa(RedisDatabases),
 		"dir " + strconv.Quote(r.home.dir),
 		`save ""`,
 		"maxmemory-policy noeviction",
 		"daemonize no",
+		"repl-diskless-sync-delay 0", // a replica waits for no other
+	}
+	if master := r.cfg.ReplicaOf; master != nil {
+		lines = append(lines, "replicaof 127.0.0.1 "+strconv.Itoa(master.port))
 	}
 	if r.cfg.AppendFsync == "" {
 		lines = append(lines, "appendonly no")
@@ -102,9 +116,11 @@ func (r *Redis) config() string {
 }
 
 func (r *Redis) start(ctx context.Context) error {
-	cmd := exec.Command(r.program, "-")
+	cmd, err := r.command()
+	if err != nil {
+		return err
+	}
 	cmd.Dir = r.home.dir
-	cmd.Stdin = strings.NewReader(r.config())
 	server, err := startProcess(cmd, "redis-server", r.cfg.Log, syscall.SIGTERM)
 	if err != nil {
 		return err
@@ -119,8 +135,26 @@ func (r *Redis) start(ctx context.Context) error {
 	return nil
 }
 
+func (r *Redis) command() (*exec.Cmd, error) {
+	if r.sentinel != nil {
+		return r.sentinel.command(r)
+	}
+	cmd := exec.Command(r.program, "-")
+	cmd.Stdin = strings.NewReader(r.config())
+	return cmd, nil
+}
+
 // isReady asks for a sign of life that only a server which has loaded its data gives, and only ours: it needs the password.
+// A replica has a copy of its master's data then.
 func (r *Redis) isReady(ctx context.Context) func() bool {
+	if r.cfg.ReplicaOf != nil {
+		return r.says(ctx, "INFO replication", "master_link_status:up")
+	}
+	return r.says(ctx, "PING", "+OK\r\n+PONG\r\n")
+}
+
+// says sends a command, and reports whether the text comes up in the answer.
+func (r *Redis) says(ctx context.Context, command, text string) func() bool {
 	return func() bool {
 		conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(r.port)))
 		if err != nil {
@@ -128,13 +162,18 @@ func (r *Redis) isReady(ctx context.Context) func() bool {
 		}
 		defer conn.Close()
 		_ = conn.SetDeadline(time.Now().Add(time.Second))
-		if _, err := fmt.Fprintf(conn, "AUTH %s\r\nPING\r\n", r.password); err != nil {
+		if _, err := fmt.Fprintf(conn, "AUTH %s\r\n%s\r\n", r.password, command); err != nil {
 			return false
 		}
-		const want = "+OK\r\n+PONG\r\n"
-		answer := make([]byte, len(want))
-		_, err = io.ReadFull(conn, answer)
-		return err == nil && string(answer) == want
+		var answer strings.Builder
+		for part := make([]byte, 4096); !strings.Contains(answer.String(), text); {
+			n, err := conn.Read(part)
+			if err != nil {
+				return false
+			}
+			answer.Write(part[:n])
+		}
+		return true
 	}
 }
 
