@@ -15,7 +15,7 @@ const module = "github.com/carpool-go/carpool/"
 // facts are the packages that each know one fact, so that no other has to. They know
 // dbpool and one another, and nothing of jobs.
 const facts = "internal/asynqwire internal/instance internal/limit internal/once internal/outbox internal/pgtext internal/prune " +
-	"internal/reason internal/schema internal/sqlstate internal/startup internal/unique internal/wait"
+	"internal/reason internal/schema internal/sentinel internal/sqlstate internal/startup internal/unique internal/wait"
 
 // arrows says which of carpool's own packages each one may import, apart from its tests.
 // A package imports what is below it in the table.

@@ -11,6 +11,8 @@ import (
 
 	"github.com/redis/go-redis/v9"
 	"github.com/redis/go-redis/v9/maintnotifications"
+
+	"github.com/carpool-go/carpool/internal/sentinel"
 )
 
 const redisURLForms = `redis://[user:password@]host[:port][/db], rediss:// for TLS, ` +
@@ -22,12 +24,16 @@ const redisURLForms = `redis://[user:password@]host[:port][/db], rediss:// for T
 //
 // The schemes are redis, rediss (TLS), redis-sentinel (with ?master=) and redis-cluster;
 // the latter two take several hosts, and rediss-sentinel and rediss-cluster use
-// TLS. Sentinels are asked with the same user and password as the server. The
-// error says what is wrong with the URL and never shows it, because it may hold a password.
+// TLS. Sentinels are asked with the same user and password as the server, for each new
+// connection; where none of them answers within three seconds, the command's error says so. The
+// error of OpenRedis says what is wrong with the URL and never shows it, because it may hold a password.
 func OpenRedis(rawURL string) (redis.UniversalClient, error) {
 	opts, err := parseRedisURL(rawURL)
 	if err != nil {
 		return nil, fmt.Errorf("tasks: redis URL: %w; want %s", err, redisURLForms)
+	}
+	if opts.MasterName != "" {
+		return sentinel.NewClient(opts), nil
 	}
 	return redis.NewUniversalClient(opts), nil
 }

@@ -12,7 +12,6 @@ import (
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 
-	"github.com/carpool-go/carpool/dbpool"
 	"github.com/carpool-go/carpool/internal/once"
 	"github.com/carpool-go/carpool/internal/schema"
 	"github.com/carpool-go/carpool/internal/servers"

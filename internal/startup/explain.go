@@ -12,6 +12,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/dbpool"
+	"github.com/carpool-go/carpool/internal/sentinel"
 )
 
 // Explain returns an error of a server as it is shown to whoever runs the program: in one
@@ -74,14 +75,14 @@ func faultOf(rawURL string, err error) *fault {
 const refusedLogin = "the server refuses this user or password"
 
 func redisFault(rawURL string, err error) *fault {
-	at, bySentinel := hosts(rawURL), strings.Contains(rawURL, "-sentinel://")
+	at := hosts(rawURL)
 	reply, answered := errors.AsType[redis.Error](err)
+	noMaster, bySentinel := errors.AsType[*sentinel.Error](err)
 	switch {
-	case answered && errors.Is(err, redis.Nil):
-		if !bySentinel || reply == err { //nolint:errorlint // that of a mere key that isn't there
-			return nil
-		}
-		return &fault{what: "the Sentinels at " + at + " know no master of this name"}
+	case bySentinel && (!answered || errors.Is(err, redis.Nil)):
+		return &fault{what: noMaster.Error()}
+	case answered && errors.Is(err, redis.Nil): // a mere key that isn't there
+		return nil
 	case redis.HasErrorPrefix(err, "WRONGPASS"):
 		return &fault{refusedLogin, reply, "", true}
 	case redis.HasErrorPrefix(err, "NOAUTH"):
@@ -97,8 +98,8 @@ func redisFault(rawURL string, err error) *fault {
 			}
 		}
 		return nil
-	case bySentinel:
-		return &fault{"Redis cannot be reached by the Sentinels at " + at, err, "", false}
+	case strings.Contains(rawURL, "-sentinel://"):
+		return &fault{"Redis cannot be reached at the master that the Sentinels at " + at + " name", err, "", false}
 	}
 	return &fault{"Redis at " + at + " cannot be reached", err, "", false}
 }

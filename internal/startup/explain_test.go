@@ -8,6 +8,8 @@ import (
 
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/redis/go-redis/v9"
+
+	"github.com/carpool-go/carpool/internal/sentinel"
 )
 
 const (
@@ -25,7 +27,7 @@ func (reply) RedisError()     {}
 func TestExplain_SaysWhatIsWrongWithTheServerAndTheWayOut(t *testing.T) {
 	t.Parallel()
 	sentinels := func(errs ...error) error {
-		return fmt.Errorf("redis: all sentinels specified in configuration are unreachable: %w", errors.Join(errs...))
+		return fmt.Errorf("asked: %w", &sentinel.Error{Addrs: []string{"one.example:26379", "two.example:26380"}, Master: "m", Errs: errs})
 	}
 	for _, c := range []struct {
 		url  string
@@ -36,9 +38,10 @@ func TestExplain_SaysWhatIsWrongWithTheServerAndTheWayOut(t *testing.T) {
 		{redisURL, reply("READONLY You can't write against a read only replica."), "X: Redis at queue.example:6379 can't serve now: READONLY You can't write against a read only replica."},
 		{redisURL, reply("NOPERM this user has no permissions"), "X: the server forbids this user a command: NOPERM this user has no permissions; its ACL must allow all commands that a queue needs: ACL SETUSER … +@all ~* &*"},
 		{"redis://[::1]", io.EOF, "X: Redis at [::1]:6379 cannot be reached: EOF"},
-		{sentinelURL, sentinels(io.EOF, io.EOF), "X: Redis cannot be reached by the Sentinels at one.example:26379, two.example:26380: redis: all sentinels specified in configuration are unreachable: EOF; EOF"},
-		{sentinelURL, sentinels(redis.Nil, redis.Nil), "X: the Sentinels at one.example:26379, two.example:26380 know no master of this name"},
-		{sentinelURL, sentinels(reply("WRONGPASS invalid username-password pair")), "X: the server refuses this user or password: WRONGPASS invalid username-password pair"},
+		{sentinelURL, sentinels(io.EOF, io.EOF), "X: Redis cannot be reached by the Sentinels at one.example:26379, two.example:26380: EOF; one of them must run and be reachable from here"},
+		{sentinelURL, io.EOF, "X: Redis cannot be reached at the master that the Sentinels at one.example:26379, two.example:26380 name: EOF"},
+		{sentinelURL, sentinels(redis.Nil, redis.Nil), "X: the Sentinels at one.example:26379, two.example:26380 know no master \"m\"; the URL's ?master= must be the name in their configuration"},
+		{sentinelURL, sentinels(reply("WRONGPASS invalid username-password pair"), io.EOF), "X: the server refuses this user or password: WRONGPASS invalid username-password pair"},
 		{
 			postgresURL, &pgconn.PgError{Severity: "FATAL", Code: "28000", Message: `role "shop" does not exist`, Routine: "InitializeSessionUserId"},
 			`X: the server refuses this user or password: FATAL: role "shop" does not exist (SQLSTATE 28000); createuser shop makes the role; ALTER ROLE "shop" LOGIN lets one in that there is`,
