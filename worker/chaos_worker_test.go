@@ -69,7 +69,7 @@ func chaosWorker() int {
 	if mode == plain {
 		return plainWorker()
 	}
-	cli.Program{Name: "worker", Groups: []tasks.Group{chaosTasks{mode == protected}}}.Main()
+	cli.Program{Name: "worker", Groups: []tasks.Group{chaosTasks{mode == protected}, chainTasks{}}}.Main()
 	return 0
 }
 
