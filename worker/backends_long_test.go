@@ -11,7 +11,7 @@ import (
 )
 
 func TestLong_BackendsAreKilledOverTLS(t *testing.T) {
-	c := newLongRun(t, 2400, 40*time.Second, servers.PostgresConfig{TLS: true, Settings: map[string]string{"max_connections": "200"}})
+	c := newLoadRun(t, 2400, 40*time.Second, servers.PostgresConfig{TLS: true, Settings: map[string]string{"max_connections": "200"}})
 	c.startWorkers()
 	killed := 0
 	r := c.run(func(context.Context) {

@@ -19,9 +19,9 @@ import (
 // servers. None is parallel: each needs the whole machine, as its load must not be what
 // another's fault is.
 
-// newLongRun prepares a run of the chaos test's jobs that are enqueued over some time. Its
+// newLoadRun prepares a run of the chaos test's jobs that are enqueued over some time. Its
 // servers run, its workers don't yet.
-func newLongRun(t *testing.T, jobs int, over time.Duration, cfg servers.PostgresConfig) *chaos {
+func newLoadRun(t *testing.T, jobs int, over time.Duration, cfg servers.PostgresConfig) *chaos {
 	t.Helper()
 	c := &chaos{t: t, mode: protected, jobs: jobs, time: over}
 	c.startServers(cfg)
@@ -120,7 +120,7 @@ func (c *chaos) failsOver(s *standby, since time.Time, r *chaosReport) {
 }
 
 func TestLong_ThePrimaryIsKilledAndAStandbyTakesOver(t *testing.T) {
-	c := newLongRun(t, 3000, 30*time.Second, remoteApply())
+	c := newLoadRun(t, 3000, 30*time.Second, remoteApply())
 	s := c.withStandby(false)
 	c.startWorkers()
 	var since time.Time
@@ -146,7 +146,7 @@ func (c *chaos) takeOver(s *standby) {
 }
 
 func TestLong_ASwitchoverToAStandbyThatIsFirstInTheURL(t *testing.T) {
-	c := newLongRun(t, 3000, 30*time.Second, remoteApply())
+	c := newLoadRun(t, 3000, 30*time.Second, remoteApply())
 	s := c.withStandby(true)
 	c.startWorkers()
 	var since time.Time
@@ -169,7 +169,7 @@ const terminateBackends = `SELECT count(pg_terminate_backend(pid)) FROM (SELECT 
 // Split brain: the old primary, first in the URL, takes writes again, and has nobody to
 // confirm them.
 func TestLong_AFrozenPrimaryWakesWhenAStandbyHasTakenOver(t *testing.T) {
-	c := newLongRun(t, 3000, 45*time.Second, remoteApply())
+	c := newLoadRun(t, 3000, 45*time.Second, remoteApply())
 	s := c.withStandby(false)
 	c.startWorkers()
 	var since time.Time

@@ -23,7 +23,7 @@ type longRun struct {
 	env []string
 }
 
-func newLongRun(t *testing.T, redisURL string) *longRun {
+func openLongRun(t *testing.T, redisURL string) *longRun {
 	t.Helper()
 	databaseURL := testservers.Postgres(t)
 	if err := schema.Migrate(t.Context(), databaseURL, workertest.Discard()); err != nil {

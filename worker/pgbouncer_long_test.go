@@ -14,7 +14,7 @@ import (
 )
 
 func TestLong_AnOperatorWorksOnPgBouncer(t *testing.T) {
-	c := newLongRun(t, 1800, 45*time.Second, servers.PostgresConfig{})
+	c := newLoadRun(t, 1800, 45*time.Second, servers.PostgresConfig{})
 	bouncer := testservers.PgBouncer(t, c.postgres.URL())
 	c.cable = func() (string, *testservers.Proxy) {
 		through, proxy := testservers.ThroughProxy(t, bouncer)

@@ -40,7 +40,7 @@ func TestLong_TheMasterIsKilledAndSentinelsPutTheReplicaInItsPlace(t *testing.T)
 			t.Error(err)
 		}
 	})
-	l := newLongRun(t, trio.URL())
+	l := openLongRun(t, trio.URL())
 	l.exec(t, "CREATE TABLE effects (job_id text, n int, at timestamptz DEFAULT clock_timestamp())")
 	for range 2 {
 		l.start(t, `"msg":"worker started"`, "run")
