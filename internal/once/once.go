@@ -5,6 +5,7 @@
 package once
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -36,6 +37,8 @@ type Job struct {
 	recorded bool
 	// yieldOnce has the next claim wait for another run to go first.
 	yieldOnce bool
+	// grace and check are set by tests that can't wait for otherRunGrace and otherRunCheck.
+	grace, check time.Duration
 }
 
 // maxID bounds a job's id, in bytes. An index of Postgres takes no more than 2,704 for all
@@ -227,12 +230,13 @@ type claim struct {
 // one's session, because a worker that slept beyond its lease must not commit after its
 // successor. What it returns is never heldByOther.
 func (j *Job) claim(ctx context.Context) (claim, error) {
-	since, grace, mayEnd := time.Now(), otherRunGrace, !j.yieldOnce
+	grace, check := cmp.Or(j.grace, otherRunGrace), cmp.Or(j.check, otherRunCheck)
+	since, mayEnd := time.Now(), !j.yieldOnce
 	if deadline, ok := ctx.Deadline(); ok {
 		grace = min(grace, time.Until(deadline)/2)
 	}
 	if j.yieldOnce {
-		_ = wait.For(ctx, 3*otherRunCheck) // tryClaim finds out that ctx has ended
+		_ = wait.For(ctx, 3*check) // tryClaim finds out that ctx has ended
 	}
 	waited := false
 	for {
@@ -253,7 +257,7 @@ func (j *Job) claim(ctx context.Context) (claim, error) {
 			}
 			since = time.Now()
 		}
-		if err := wait.For(ctx, otherRunCheck); err != nil {
+		if err := wait.For(ctx, check); err != nil {
 			return claim{}, fmt.Errorf("%w: %w", ErrOtherRun, err)
 		}
 	}
