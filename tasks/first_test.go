@@ -2,6 +2,7 @@ package tasks_test
 
 import (
 	"context"
+	"database/sql/driver"
 	"errors"
 	"fmt"
 	"strings"
@@ -121,6 +122,15 @@ func openFirstAccount(t *testing.T, first func(context.Context, pgx.Tx) error, r
 	return a
 }
 
+const byDefault = "by default"
+
+// modes are the ways in which pgx sends statements, and what has it do so in a database's URL.
+var modes = map[string]string{
+	byDefault:                "",
+	"in the simple protocol": "&default_query_exec_mode=simple_protocol",
+	"in mode exec":           "&default_query_exec_mode=exec",
+}
+
 func asItIs(err error) error { return err }
 
 // drawn is how many first statements have run, whatever became of their transactions.
@@ -212,8 +222,8 @@ func TestFirstDelivery_StatementThatFailsLeavesAFailedTransaction(t *testing.T) 
 		"named arguments that can't be":        {"UPDATE account SET balance = @amount", []any{pgx.StrictNamedArgs{"other": 7}}, "amount"},
 		"a failure of the statement that runs": {"UPDATE account SET balance = balance / $1", []any{0}, "division by zero"},
 	} {
-		for mode, suffix := range map[string]string{"": "", " in the simple protocol": "&default_query_exec_mode=simple_protocol", " in mode exec": "&default_query_exec_mode=exec"} {
-			t.Run(name+mode, func(t *testing.T) {
+		for mode, suffix := range modes {
+			t.Run(name+", "+mode, func(t *testing.T) {
 				t.Parallel()
 				var first, second error
 				a := openFirstAccount(t, func(ctx context.Context, tx pgx.Tx) error {
@@ -225,7 +235,7 @@ func TestFirstDelivery_StatementThatFailsLeavesAFailedTransaction(t *testing.T) 
 				if err == nil || !strings.Contains(err.Error(), "went on after a statement") || errors.Is(err, once.ErrNotBegun) {
 					t.Errorf("the handler went on, and the delivery's error is %v", err)
 				}
-				if first == nil || !strings.Contains(first.Error(), c.says) && mode == "" {
+				if first == nil || !strings.Contains(first.Error(), c.says) && mode == byDefault {
 					t.Errorf("the first statement's error is %v, want %q in it", first, c.says)
 				}
 				if e, ok := errors.AsType[*pgconn.PgError](second); !ok || e.Code != pgerrcode.InFailedSQLTransaction {
@@ -262,7 +272,7 @@ var swallowers = map[string]func(context.Context, pgx.Tx) error{
 		_, err := tx.Conn().Exec(ctx, "UPDATE account SET balance = $1", 5)
 		return err
 	},
-	"panics for lack of large objects": func(ctx context.Context, tx pgx.Tx) error {
+	"wants large objects": func(ctx context.Context, tx pgx.Tx) error {
 		objects := tx.LargeObjects()
 		_, err := objects.Create(ctx, 0)
 		return err
@@ -444,5 +454,204 @@ func TestFirstDelivery_BeginningThatGetsNoAnswerIsBounded(t *testing.T) {
 	_, err = a.deliver(ctx, db, "1")
 	if !errors.Is(err, once.ErrNotBegun) || !errors.Is(err, tasks.ErrNoAnswer) || ctx.Err() != nil {
 		t.Errorf("the error is %v, want that there was no answer, before the job's time is over", err)
+	}
+}
+
+// A statement of the handler's that is broken off has been in the job's transaction, and is
+// the job's failure like any other.
+func TestFirstDelivery_FirstStatementThatIsBrokenOffIsTheHandlersOwnFailure(t *testing.T) {
+	t.Parallel()
+	for mode, suffix := range modes {
+		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
+			a := openFirstAccount(t, func(ctx context.Context, tx pgx.Tx) error {
+				ctx, cancel := context.WithTimeout(ctx, time.Second)
+				defer cancel()
+				_, err := tx.Exec(ctx, "UPDATE account SET balance = 5 FROM pg_sleep($1)", 20)
+				return err
+			}, asItIs)
+			_, err := a.deliver(t.Context(), openPool(t, a.DatabaseURL+suffix), "1")
+			if !errors.Is(err, context.DeadlineExceeded) || errors.Is(err, once.ErrNotBegun) {
+				t.Errorf("the error is %v, want the statement's own", err)
+			}
+		})
+	}
+}
+
+// All that a handler without a statement sends is its COMMIT: without an answer to that, it
+// may have been done.
+func TestFirstDelivery_HandlerWithoutAStatementWhoseCommitGetsNoAnswerMayBeDone(t *testing.T) {
+	t.Parallel()
+	for mode, suffix := range modes {
+		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
+			a := openFirstAccount(t, func(context.Context, pgx.Tx) error { return nil }, asItIs)
+			proxied, proxy := testservers.ThroughProxy(t, a.DatabaseURL+suffix)
+			db := openPool(t, proxied)
+			if _, err := a.deliver(t.Context(), db, "0"); err != nil { // its statements are prepared
+				t.Fatal(err)
+			}
+			proxy.DropAnswers()
+			delivered := make(chan error)
+			go func() {
+				_, err := a.deliver(t.Context(), db, "1")
+				delivered <- err
+			}()
+			testservers.Eventually(t, "the job is recorded", func() bool {
+				var n int
+				return a.DB.QueryRow(t.Context(), "SELECT count(*) FROM carpool.jobs_done WHERE id = '1'").Scan(&n) == nil && n == 1
+			})
+			proxy.Heal()
+			if err := <-delivered; !errors.Is(err, tasks.ErrNoAnswer) || errors.Is(err, once.ErrNotBegun) {
+				t.Errorf("the error is %v, want that there was no answer", err)
+			}
+		})
+	}
+}
+
+// pgx has a statement prepared first, for which the server looks at its tables.
+func TestFirstDelivery_FirstStatementMayWaitForALockToBePrepared(t *testing.T) {
+	t.Parallel()
+	a := openFirstAccount(t, firstStatements["Exec"], asItIs)
+	holder, err := a.DB.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := holder.Exec(t.Context(), "LOCK TABLE account"); err != nil {
+		t.Fatal(err)
+	}
+	time.AfterFunc(answerBound+2*time.Second, func() { _ = holder.Rollback(context.Background()) })
+	if _, err := a.deliver(t.Context(), openPool(t, a.DatabaseURL), "1"); err != nil {
+		t.Fatal(err)
+	}
+	if balance := a.balance(t); balance != 5 {
+		t.Errorf("the balance is %d", balance)
+	}
+}
+
+func TestFirstDelivery_BatchThatBeginsATransactionIsRefused(t *testing.T) {
+	t.Parallel()
+	a := openFirstAccount(t, func(ctx context.Context, tx pgx.Tx) error {
+		var b pgx.Batch
+		b.BeginTx(pgx.TxOptions{})
+		b.Queue("UPDATE account SET balance = 5")
+		return tx.SendBatch(ctx, &b).Close()
+	}, asItIs)
+	for range 2 {
+		if _, err := a.deliver(t.Context(), a.DB, "1"); err == nil || !strings.Contains(err.Error(), "BeginTx") {
+			t.Errorf("delivery %d: the error is %v, want what pgx says to it in a transaction", a.delivery, err)
+		}
+		a.delivery++
+	}
+}
+
+// panics is an argument whose encoding panics.
+type panics struct{}
+
+func (panics) Value() (driver.Value, error) { panic("no") }
+
+func TestFirstDelivery_PanicAmidTheFirstStatementGivesTheConnectionBack(t *testing.T) {
+	t.Parallel()
+	for name, first := range map[string]func(context.Context, pgx.Tx) error{
+		"of an argument": func(ctx context.Context, tx pgx.Tx) error {
+			_, err := tx.Exec(ctx, "UPDATE account SET balance = $1", panics{})
+			return err
+		},
+		"of a batch's callback": func(ctx context.Context, tx pgx.Tx) error {
+			var b pgx.Batch
+			b.Queue("UPDATE account SET balance = 5").Exec(func(pgconn.CommandTag) error { panic("no") })
+			return tx.SendBatch(ctx, &b).Close()
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			a := openFirstAccount(t, first, asItIs)
+			func() {
+				defer func() {
+					if recover() == nil {
+						t.Error("the panic does not come through")
+					}
+				}()
+				_, _ = a.deliver(t.Context(), a.DB, "1")
+			}()
+			if s := a.DB.Stats(); s.CheckedOut != 0 || a.balance(t) != 0 {
+				t.Errorf("%d connections are out, the balance is %d", s.CheckedOut, a.balance(t))
+			}
+		})
+	}
+}
+
+func TestFirstDelivery_ConnectionIsThereAfterAStatementThatCouldNotBeSent(t *testing.T) {
+	t.Parallel()
+	a := openFirstAccount(t, func(ctx context.Context, tx pgx.Tx) error {
+		_, _ = tx.Exec(ctx, "UPDATE account SET balance = $1", "seven")
+		_, err := tx.Conn().Exec(ctx, "UPDATE account SET balance = $1", 7)
+		return err
+	}, asItIs)
+	if _, err := a.deliver(t.Context(), a.DB, "1"); err == nil || !strings.Contains(err.Error(), "went on after a statement") {
+		t.Errorf("the error is %v, want that the handler went on after a failure", err)
+	}
+	if balance := a.balance(t); balance != 0 {
+		t.Errorf("the balance is %d", balance)
+	}
+}
+
+func TestFirstDelivery_PanicOfAJobThatIsDoneIsNone(t *testing.T) {
+	t.Parallel()
+	a := openFirstAccount(t, func(context.Context, pgx.Tx) error { panic("it was done elsewhere") }, asItIs)
+	if _, err := a.DB.Exec(t.Context(), `INSERT INTO carpool.jobs_done (id, kind, queue, result) VALUES ('1', 'account:credit', 'default', '"earlier"')`); err != nil {
+		t.Fatal(err)
+	}
+	if result, err := a.deliver(t.Context(), a.DB, "1"); result != `"earlier"` || err != nil {
+		t.Errorf("result %s, error %v; want the earlier one's", result, err)
+	}
+}
+
+// That a connection broke under a job tells an outage from the job's failure.
+func TestFirstDelivery_JobIsChargedWithItsConnectionWhateverTheStatementsContext(t *testing.T) {
+	t.Parallel()
+	a := openFirstAccount(t, func(_ context.Context, tx pgx.Tx) error {
+		return firstStatements["Exec"](context.Background(), tx)
+	}, asItIs)
+	ctx, borrower := a.DB.Track(t.Context(), "job")
+	if _, err := a.deliver(ctx, a.DB, "1"); err != nil {
+		t.Fatal(err)
+	}
+	if usage := borrower.End(); usage.Acquires != 1 {
+		t.Errorf("the job is charged with %d connections, want its transaction's", usage.Acquires)
+	}
+}
+
+// What a batch can't have is looked for behind what rewrites the statement too.
+func TestFirstDelivery_StatementWithNamedArgumentsMayHaveAMode(t *testing.T) {
+	t.Parallel()
+	a := openFirstAccount(t, func(ctx context.Context, tx pgx.Tx) error {
+		// Only the simple protocol takes two statements.
+		_, err := tx.Exec(ctx, "SELECT nextval('drawn'); UPDATE account SET balance = balance + @amount",
+			pgx.NamedArgs{"amount": 5}, pgx.QueryExecModeSimpleProtocol)
+		return err
+	}, asItIs)
+	db := openPool(t, a.DatabaseURL+"&default_query_exec_mode=exec")
+	if _, err := a.deliver(t.Context(), db, "1"); err != nil {
+		t.Fatal(err)
+	}
+	if balance := a.balance(t); balance != 5 {
+		t.Errorf("the balance is %d", balance)
+	}
+}
+
+func TestFirstDelivery_BytesThatAreNoTextFailTheStatement(t *testing.T) {
+	t.Parallel()
+	for mode, suffix := range modes {
+		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
+			a := openFirstAccount(t, func(ctx context.Context, tx pgx.Tx) error {
+				return tx.QueryRow(ctx, "SELECT length($1)", "\xff").Scan(new(int))
+			}, asItIs)
+			_, err := a.deliver(t.Context(), openPool(t, a.DatabaseURL+suffix), "1")
+			if e, ok := errors.AsType[*pgconn.PgError](err); !ok || e.Code != pgerrcode.CharacterNotInRepertoire || errors.Is(err, once.ErrNotBegun) {
+				t.Errorf("the error is %v, want the statement's own", err)
+			}
+		})
 	}
 }

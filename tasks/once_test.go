@@ -405,6 +405,10 @@ func TestRegisterTx_TransactionCannotBeUsedAfterTheHandlerHasReturned(t *testing
 					if _, err := old.Begin(ctx); err == nil {
 						t.Errorf("Begin of the %s", name)
 					}
+					objects := old.LargeObjects()
+					if _, err := objects.Create(ctx, 0); !errors.Is(err, pgx.ErrTxClosed) {
+						t.Errorf("LargeObjects of the %s: %v", name, err)
+					}
 					if old.Conn() != nil {
 						t.Errorf("Conn of the %s", name)
 					}

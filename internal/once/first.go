@@ -11,6 +11,8 @@ import (
 	"github.com/jackc/pgerrcode"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/carpool-go/carpool/dbpool"
 )
 
 // firstTx is the transaction of a job's first delivery. It begins with the handler's first
@@ -30,9 +32,14 @@ type firstTx struct {
 	err error
 	// failed is set when the first statement has failed before the database saw it. The
 	// transaction is a failed one then, as if the database had.
-	failed bool
-	over   bool // the handler has returned
+	failed  bool
+	commits bool // what is sent with the beginning ends with COMMIT
+	over    bool // the handler has returned
 }
+
+// errAlone says that a statement has to be sent by itself, because nothing has come of
+// sending it behind the beginning.
+var errAlone = errors.New("the statement is to be sent by itself")
 
 // What the first round trip finds that keeps the handler from going on.
 var (
@@ -77,16 +84,21 @@ func (j *Job) unlessDone(ctx context.Context, err error) (json.RawMessage, bool,
 // run runs fn, and commits what it did with the job's record, or rolls back. ofHandler tells
 // whether the error is fn's.
 func (t *firstTx) run(fn func(tx pgx.Tx) ([]byte, error)) (result json.RawMessage, ofHandler bool, err error) {
+	returned := false
 	defer func() {
 		t.over = true
 		if t.tx != nil && !t.tx.ended {
 			t.tx.rollBack()
+		}
+		if !returned && t.err == nil && t.isDone() {
+			t.err = errIsDone
 		}
 		if t.err != nil { // what has no error to return may have panicked for it
 			_ = recover()
 		}
 	}()
 	result, err = fn(t)
+	returned = true
 	switch {
 	case t.err != nil:
 		return nil, false, t.err
@@ -102,15 +114,32 @@ func (t *firstTx) run(fn func(tx pgx.Tx) ([]byte, error)) (result json.RawMessag
 	return result, false, t.commitAtOnce(result)
 }
 
+// isDone looks for the job's record on behalf of a handler that has panicked.
+func (t *firstTx) isDone() bool {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.ctx), answerBound)
+	defer cancel()
+	_, done, _ := t.job.Look(ctx)
+	return done
+}
+
 // commitAtOnce does all that there is to do for a handler that has made no statement.
 func (t *firstTx) commitAtOnce(result json.RawMessage) error {
+	t.commits = true
 	var b pgx.Batch
 	recorded := queueCommit(&b, t.job, result)
 	commitCtx, cancel := outlast(t.ctx, answerBound)
 	defer cancel()
 	results, err := t.send(commitCtx, &b)
-	if err != nil {
+	switch {
+	case err == errAlone:
+		if _, err := t.begin(t.ctx); err != nil {
+			return err
+		}
+		return t.tx.commit(t.ctx, t.job, result)
+	case err != nil && (t.tx == nil || t.failed):
 		return err
+	case err != nil:
+		return t.tx.committed(err, recorded)
 	}
 	return t.tx.committed(results.Close(), recorded)
 }
@@ -156,13 +185,19 @@ func (t *firstTx) unfit() error {
 func (t *firstTx) isFirst() bool { return t.tx == nil && t.unfit() == nil }
 
 // send sends the queries of b behind the beginning, and returns their results. The error is
-// t.err, or that of a query which the database has not seen.
+// t.err, errAlone, or that of a query.
 func (t *firstTx) send(ctx context.Context, b *pgx.Batch) (*firstResults, error) {
-	conn, err := t.job.DB.Acquire(ctx)
+	conn, err := t.job.DB.Acquire(charged{ctx, t.ctx})
 	if err != nil {
 		t.err = fmt.Errorf("%w: %w", ErrNotBegun, err)
 		return nil, t.err
 	}
+	lent := false
+	defer func() {
+		if !lent {
+			conn.Release() // what encodes an argument may have panicked
+		}
+	}()
 	var all pgx.Batch
 	all.BeginTx(pgx.TxOptions{IsoLevel: t.job.Isolation})
 	all.Queue(lockJob, t.job.ID, t.job.Kind)
@@ -172,26 +207,57 @@ func (t *firstTx) send(ctx context.Context, b *pgx.Batch) (*firstResults, error)
 		all.QueuedQueries = append(all.QueuedQueries, &q)
 	}
 	batchCtx, cancel := context.WithCancel(ctx)
+	defer func() {
+		if !lent {
+			cancel()
+		}
+	}()
 	bound := time.AfterFunc(answerBound, cancel)
 	results := &firstResults{conn.SendBatch(batchCtx, &all), cancel}
+	prepared := batchCtx.Err() == nil
 	_, err = results.Exec()
 	if err == nil {
 		_, err = results.Exec()
 	}
 	answered := bound.Stop() // refuseDone has the server answer however long the query takes
-	if err == nil {
+	locked := err == nil
+	if locked {
 		_, err = results.Exec()
 	}
 	if err == nil {
+		lent = true
 		t.tx = &jobTx{lentTx: lentTx{results.BatchResults.Tx(), conn}}
 		return results, nil
 	}
 	_ = results.Close()
 	tx := &jobTx{lentTx: lentTx{results.BatchResults.Tx(), conn}}
 	pg := conn.Conn().PgConn()
+	if locked && pg.IsClosed() {
+		lent = true
+		t.tx = tx // it has begun, and what has broken it off is the query's error
+		cancel()
+		return nil, err
+	}
 	unseen := !pg.IsClosed() && pg.TxStatus() == 'I'
 	tx.rollBack()
+	if !prepared && ctx.Err() == nil {
+		return nil, t.prepareAlone(ctx, err)
+	}
 	return nil, t.notBegun(ctx, err, unseen, answered)
+}
+
+// prepareAlone begins the transaction by itself, after a query was not prepared in time: it
+// may wait for a lock, for which it has all the time of its context.
+func (t *firstTx) prepareAlone(ctx context.Context, err error) error {
+	_, beginErr := t.begin(ctx)
+	switch {
+	case beginErr == nil:
+		return errAlone
+	case beginErr == errOtherHolds, beginErr == errIsDone:
+		return beginErr
+	}
+	t.err = fmt.Errorf("%w: %w: %w", beginErr, ErrNoAnswer, err)
+	return t.err
 }
 
 // notBegun decides what it means that the first round trip has failed: unseen, if it left the
@@ -199,28 +265,42 @@ func (t *firstTx) send(ctx context.Context, b *pgx.Batch) (*firstResults, error)
 // statement gets.
 func (t *firstTx) notBegun(ctx context.Context, err error, unseen, answered bool) error {
 	e, said := errors.AsType[*pgconn.PgError](err)
-	preprocessing, unsent := errors.AsType[pgx.ErrPreprocessingBatch](err)
+	_, unsent := errors.AsType[pgx.ErrPreprocessingBatch](err)
 	switch {
 	case said && e.Code == stateOtherHolds:
 		t.err = errOtherHolds
 	case said && e.Code == stateIsDone:
 		t.err = errIsDone
-	// In the simple protocol a query that can't be parsed keeps those before it from running.
-	case unseen && (unsent || !said || e.Code == pgerrcode.SyntaxError):
+	case unseen && said: // a query that can't be parsed, by which the server fails the transaction once it has begun
+		return errAlone
+	case unseen: // one that can't be sent
 		if _, err := t.begin(ctx); err != nil {
 			return err
 		}
 		t.failed = true
-		if unsent {
-			return preprocessing.Unwrap()
-		}
 		return err
+	case t.commits && !unsent && (!said || dbpool.IsAway(err)):
+		t.err = fmt.Errorf("commit the job's transaction: %w: %w", ErrNoAnswer, err)
 	case !answered && ctx.Err() == nil:
 		t.err = fmt.Errorf("%w: %w: %w", ErrNotBegun, ErrNoAnswer, err)
 	default:
 		t.err = fmt.Errorf("%w: %w", ErrNotBegun, err)
 	}
 	return t.err
+}
+
+// charged is the context of a statement by which the run is charged with the connection,
+// whatever context the handler has made up for it.
+type charged struct {
+	context.Context
+	run context.Context
+}
+
+func (c charged) Value(key any) any {
+	if value := c.Context.Value(key); value != nil {
+		return value
+	}
+	return c.run.Value(key)
 }
 
 // firstResults are what the handler's own queries come to, of those that were sent with the
@@ -266,11 +346,11 @@ func (t *firstTx) Prepare(ctx context.Context, name, sql string) (*pgconn.Statem
 	return tx.Prepare(ctx, name, sql)
 }
 
-// LargeObjects are of no use if the transaction can't begin; t.err has the reason.
+// LargeObjects return an error if the transaction can't begin; t.err has the reason.
 func (t *firstTx) LargeObjects() pgx.LargeObjects {
 	tx, err := t.begin(t.ctx)
 	if err != nil {
-		return pgx.LargeObjects{}
+		return closedTx().LargeObjects()
 	}
 	return tx.LargeObjects()
 }
@@ -278,93 +358,112 @@ func (t *firstTx) LargeObjects() pgx.LargeObjects {
 // Conn is nil if the transaction can't begin, or is over; t.err has the reason.
 func (t *firstTx) Conn() *pgx.Conn {
 	tx, err := t.begin(t.ctx)
-	if err != nil {
+	switch {
+	case t.failed: // nothing of it will be committed
+		return t.tx.Conn()
+	case err != nil:
 		return nil
 	}
 	return tx.Conn()
 }
 
 func (t *firstTx) Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error) {
-	if !t.isFirst() || !canFollow(args) || len(args) == 0 { // without arguments it may be several statements
-		tx, err := t.begin(ctx)
-		if err != nil {
+	if t.isFirst() && canFollow(args) && len(args) > 0 { // without arguments it may be several statements
+		results, err := t.sendOne(ctx, sql, args)
+		if err == nil {
+			tag, err := results.Exec()
+			return tag, cmp.Or(err, results.Close())
+		}
+		if err != errAlone {
 			return pgconn.CommandTag{}, err
 		}
-		return tx.Exec(ctx, sql, args...)
 	}
-	results, err := t.sendOne(ctx, sql, args)
+	tx, err := t.begin(ctx)
 	if err != nil {
 		return pgconn.CommandTag{}, err
 	}
-	tag, err := results.Exec()
-	return tag, cmp.Or(err, results.Close())
+	return tx.Exec(ctx, sql, args...)
 }
 
 func (t *firstTx) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
-	if !t.isFirst() || !canFollow(args) {
-		tx, err := t.begin(ctx)
-		if err != nil {
+	if t.isFirst() && canFollow(args) {
+		results, err := t.sendOne(ctx, sql, args)
+		if err == nil {
+			rows, err := results.Query()
+			if err != nil {
+				_ = results.Close()
+				return rows, err
+			}
+			return &firstRows{Rows: rows, results: results}, nil
+		}
+		if err != errAlone {
 			return pgx.FailedBatchResults(&pgx.Batch{}, err).Query()
 		}
-		return tx.Query(ctx, sql, args...)
 	}
-	results, err := t.sendOne(ctx, sql, args)
+	tx, err := t.begin(ctx)
 	if err != nil {
 		return pgx.FailedBatchResults(&pgx.Batch{}, err).Query()
 	}
-	rows, err := results.Query()
-	if err != nil {
-		_ = results.Close()
-		return rows, err
-	}
-	return &firstRows{Rows: rows, results: results}, nil
+	return tx.Query(ctx, sql, args...)
 }
 
 func (t *firstTx) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
-	if !t.isFirst() || !canFollow(args) {
-		tx, err := t.begin(ctx)
-		if err != nil {
+	if t.isFirst() && canFollow(args) {
+		results, err := t.sendOne(ctx, sql, args)
+		if err == nil {
+			return firstRow{results.QueryRow(), results}
+		}
+		if err != errAlone {
 			return pgx.FailedBatchResults(&pgx.Batch{}, err).QueryRow()
 		}
-		return tx.QueryRow(ctx, sql, args...)
 	}
-	results, err := t.sendOne(ctx, sql, args)
+	tx, err := t.begin(ctx)
 	if err != nil {
 		return pgx.FailedBatchResults(&pgx.Batch{}, err).QueryRow()
 	}
-	return firstRow{results.QueryRow(), results}
+	return tx.QueryRow(ctx, sql, args...)
 }
 
 func (t *firstTx) SendBatch(ctx context.Context, b *pgx.Batch) pgx.BatchResults {
-	if !t.isFirst() || b.Len() == 0 {
-		tx, err := t.begin(ctx)
-		if err != nil {
+	begins := pgx.FailedBatchResults(b, nil).Tx() != nil // which a transaction doesn't take
+	if t.isFirst() && b.Len() > 0 && !begins {
+		results, err := t.send(ctx, b)
+		if err == nil {
+			return results
+		}
+		if err != errAlone {
 			return pgx.FailedBatchResults(b, err)
 		}
-		return tx.SendBatch(ctx, b)
 	}
-	results, err := t.send(ctx, b)
+	tx, err := t.begin(ctx)
 	if err != nil {
 		return pgx.FailedBatchResults(b, err)
 	}
-	return results
+	return tx.SendBatch(ctx, b)
 }
 
+// sendOne is send for one query, whose error doesn't speak of a batch.
 func (t *firstTx) sendOne(ctx context.Context, sql string, args []any) (*firstResults, error) {
 	var b pgx.Batch
 	b.Queue(sql, args...)
-	return t.send(ctx, &b)
+	results, err := t.send(ctx, &b)
+	if e, ok := errors.AsType[pgx.ErrPreprocessingBatch](err); ok && t.failed {
+		err = e.Unwrap()
+	}
+	return results, err
 }
 
 // canFollow reports whether a statement with these arguments can be sent behind others. Those
-// that begin with an option of pgx's own can't.
+// that have an option of pgx's own can't; one that rewrites the statement is none.
 func canFollow(args []any) bool {
-	if len(args) == 0 {
-		return true
-	}
-	switch args[0].(type) {
-	case pgx.QueryExecMode, pgx.QueryResultFormats, pgx.QueryResultFormatsByOID:
-		return false
+	for _, arg := range args {
+		switch arg.(type) {
+		case pgx.QueryExecMode, pgx.QueryResultFormats, pgx.QueryResultFormatsByOID:
+			return false
+		case pgx.QueryRewriter:
+		default:
+			return true
+		}
 	}
 	return true
 }

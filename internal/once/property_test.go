@@ -90,9 +90,9 @@ var statements = map[string]statement{
 	},
 }
 
-// effectless are the statements after which a handler may return no error, and have no effect.
+// effectless are the statements after which a handler that passes over errors has no effect.
 // pgx doesn't send an argument that can't be encoded, so that Postgres knows of no failure.
-var effectless = map[string]bool{"none": true, "an argument that can't be encoded": true}
+var effectless = map[string]bool{"none": true, "none, and an error": true, "an argument that can't be encoded": true}
 
 // onceRun is a run of the job, in a process of its own.
 type onceRun struct {

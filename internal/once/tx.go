@@ -191,5 +191,19 @@ func (t *lentTx) Prepare(ctx context.Context, name, sql string) (*pgconn.Stateme
 	return t.Tx.Prepare(ctx, name, sql)
 }
 
+func (t *lentTx) LargeObjects() pgx.LargeObjects {
+	if t.over() {
+		return closedTx().LargeObjects()
+	}
+	return t.Tx.LargeObjects()
+}
+
+// closedTx returns a transaction whose methods return [pgx.ErrTxClosed].
+func closedTx() pgx.Tx {
+	var b pgx.Batch
+	b.BeginTx(pgx.TxOptions{})
+	return pgx.FailedBatchResults(&b, pgx.ErrTxClosed).Tx()
+}
+
 // Conn is nil when the transaction is over.
 func (t *lentTx) Conn() *pgx.Conn { return t.conn.Conn() }
