@@ -218,7 +218,8 @@ func TestFirstDelivery_StatementThatFailsLeavesAFailedTransaction(t *testing.T) 
 	}{
 		"a syntax error":                       {"UPDAT account SET balance = $1", []any{7}, "syntax error"},
 		"a table that is missing":              {"INSERT INTO nowhere VALUES ($1)", []any{7}, "nowhere"},
-		"an argument that can't be encoded":    {"UPDATE account SET balance = $1", []any{"seven"}, "seven"},
+		"an argument that can't be encoded":    {"UPDATE account SET balance = $1", []any{make(chan int)}, "chan int"},
+		"an argument that is no number":        {"UPDATE account SET balance = $1", []any{"seven"}, "seven"},
 		"named arguments that can't be":        {"UPDATE account SET balance = @amount", []any{pgx.StrictNamedArgs{"other": 7}}, "amount"},
 		"a failure of the statement that runs": {"UPDATE account SET balance = balance / $1", []any{0}, "division by zero"},
 	} {
@@ -584,7 +585,7 @@ func TestFirstDelivery_PanicAmidTheFirstStatementGivesTheConnectionBack(t *testi
 func TestFirstDelivery_ConnectionIsThereAfterAStatementThatCouldNotBeSent(t *testing.T) {
 	t.Parallel()
 	a := openFirstAccount(t, func(ctx context.Context, tx pgx.Tx) error {
-		_, _ = tx.Exec(ctx, "UPDATE account SET balance = $1", "seven")
+		_, _ = tx.Exec(ctx, "UPDATE account SET balance = $1", make(chan int))
 		_, err := tx.Conn().Exec(ctx, "UPDATE account SET balance = $1", 7)
 		return err
 	}, asItIs)

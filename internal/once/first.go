@@ -265,7 +265,9 @@ func (t *firstTx) prepareAlone(ctx context.Context, err error) error {
 // statement gets.
 func (t *firstTx) notBegun(ctx context.Context, err error, unseen, answered bool) error {
 	e, said := errors.AsType[*pgconn.PgError](err)
-	_, unsent := errors.AsType[pgx.ErrPreprocessingBatch](err)
+	if _, unsent := errors.AsType[pgx.ErrPreprocessingBatch](err); unsent {
+		unseen = true // also where pgx has closed the connection, as it does over an argument that it can't encode
+	}
 	switch {
 	case said && e.Code == stateOtherHolds:
 		t.err = errOtherHolds
@@ -279,7 +281,7 @@ func (t *firstTx) notBegun(ctx context.Context, err error, unseen, answered bool
 		}
 		t.failed = true
 		return err
-	case t.commits && !unsent && (!said || dbpool.IsAway(err)):
+	case t.commits && (!said || dbpool.IsAway(err)):
 		t.err = fmt.Errorf("commit the job's transaction: %w: %w", ErrNoAnswer, err)
 	case !answered && ctx.Err() == nil:
 		t.err = fmt.Errorf("%w: %w: %w", ErrNotBegun, ErrNoAnswer, err)
