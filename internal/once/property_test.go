@@ -116,6 +116,8 @@ type onceRun struct {
 	killed  bool
 	result  string
 	err     error
+	// failures are the errors of Do, by the handler's last call.
+	failures map[string]error
 }
 
 func (r *onceRun) start() {
@@ -141,9 +143,10 @@ func (r *onceRun) try(ctx context.Context) (string, error) {
 		}
 	}
 	r.job.Again()
+	token := ""
 	result, err := r.job.Do(ctx, func(tx pgx.Tx) ([]byte, error) {
 		r.calls++
-		token := fmt.Sprintf("call %d of run %d: %s", r.calls, r.index, r.first)
+		token = fmt.Sprintf("call %d of run %d: %s", r.calls, r.index, r.first)
 		err := statements[r.first](ctx, tx, r.index, r.job.ID, token)
 		if !errors.Is(err, errOtherHolds) && !errors.Is(err, errIsDone) {
 			r.allowed++
@@ -157,6 +160,9 @@ func (r *onceRun) try(ctx context.Context) (string, error) {
 		}
 		return fmt.Appendf(nil, "%q", token), nil
 	})
+	if err != nil {
+		r.failures[token] = err
+	}
 	return string(result), err
 }
 
@@ -297,6 +303,7 @@ func (h *history) newJob(db *dbpool.Pool, first bool, isolation pgx.TxIsoLevel) 
 func (h *history) add(i int, t *testing.T, url string) {
 	r := &onceRun{
 		index:    i,
+		failures: map[string]error{},
 		first:    rapid.SampledFrom(slices.Sorted(maps.Keys(statements))).Draw(h.t, "first statement"),
 		swallows: rapid.IntRange(0, 3).Draw(h.t, "swallows") == 3,
 		goesOn:   rapid.Bool().Draw(h.t, "goes on"),
@@ -360,7 +367,7 @@ func (h *history) close() {
 func (h *history) check() {
 	runs := h.runs
 	h.close() // so that nothing is on its way any more
-	last := &onceRun{index: maxRuns, first: "Exec", tries: 1, job: h.newJob(h.db, rapid.Bool().Draw(h.t, "the last is a first delivery"), "")}
+	last := &onceRun{index: maxRuns, first: "Exec", tries: 1, failures: map[string]error{}, job: h.newJob(h.db, rapid.Bool().Draw(h.t, "the last is a first delivery"), "")}
 	last.start()
 	defer last.kill()
 	<-last.done
@@ -373,16 +380,20 @@ func (h *history) check() {
 	if err != nil || len(records) != 1 {
 		h.t.Fatalf("the job has the records %q, error %v; want one", records, err)
 	}
+	token := strings.Trim(records[0], `"`)
 	for _, r := range append(runs, last) {
 		if r.err == nil && r.result != records[0] && !r.killed {
 			h.t.Errorf("run %d has succeeded with the result %s, and the record's is %s", r.index, r.result, records[0])
 		}
+		if err := r.failures[token]; err != nil && !r.killed && (!errors.Is(err, ErrNoAnswer) || errors.Is(err, ErrNotBegun)) {
+			h.t.Errorf("run %d is the one that is recorded, and doesn't say that it may be: %v", r.index, err)
+		}
 	}
 	rows, _ = h.db.Query(ctx, "SELECT token FROM effects WHERE job = $1", h.id)
 	effects, err := pgx.CollectRows(rows, pgx.RowTo[string])
-	want := []string{strings.Trim(records[0], `"`)}
-	if effectless[want[0][strings.Index(want[0], ": ")+2:]] {
-		want = nil
+	var want []string
+	if _, first, _ := strings.Cut(token, ": "); !effectless[first] {
+		want = []string{token}
 	}
 	if err != nil || fmt.Sprint(effects) != fmt.Sprint(want) {
 		h.t.Errorf("the job has the effects %q, error %v; want %q", effects, err, want)
