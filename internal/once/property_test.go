@@ -23,7 +23,7 @@ import (
 const (
 	maxRuns = 3
 	// runTime is how long a run of the property test may take.
-	runTime = 3 * time.Second
+	runTime = 5 * time.Second
 )
 
 // statement inserts the run's one row into its table, whose default draws a number from
@@ -280,7 +280,13 @@ func TestJob_IsDoneOnceHoweverItsRunsMeet(t *testing.T) {
 		for _, d := range rapid.SliceOfN(drawDoes(len(h.runs)), 0, 20).Draw(rt, "history") {
 			h.runs[d.run].do(d)
 		}
-		h.end()
+		if rapid.Bool().Draw(rt, "the last finds them asleep") {
+			h.deliverLast()
+			h.end()
+		} else {
+			h.end()
+			h.deliverLast()
+		}
 		h.check()
 	})
 }
@@ -291,6 +297,7 @@ type history struct {
 	db   *dbpool.Pool // without a gate
 	id   string
 	runs []*onceRun
+	last *onceRun // which nothing disturbs
 }
 
 func (h *history) newJob(db *dbpool.Pool, first bool, isolation pgx.TxIsoLevel) *Job {
@@ -323,6 +330,15 @@ func (h *history) add(i int, t *testing.T, url string) {
 	if r.db, err = dbpool.Open(context.Background(), cfg); err != nil {
 		h.t.Fatal(err)
 	}
+	if rapid.Bool().Draw(h.t, "has prepared its statements") {
+		r.job = h.newJob(r.db, first, isolation)
+		r.job.ID = fmt.Sprintf("%s, of run %d before", h.id, i)
+		_, _ = r.try(context.Background())
+		h.drawn(fmt.Sprintf("drawn_%d", i))
+		r.calls, r.allowed, r.failures = 0, 0, map[string]error{}
+	} else if err := r.db.Ping(context.Background()); err != nil {
+		h.t.Fatal(err)
+	}
 	r.job = h.newJob(r.db, first, isolation)
 	r.gate.set(func() { r.gate.open = false })
 }
@@ -334,7 +350,7 @@ func (h *history) end() {
 		r.start()
 	}
 	for _, r := range h.runs {
-		if !r.ended(3 * runTime) {
+		if !r.ended(2 * runTime) {
 			h.t.Fatalf("run %d does not end", r.index)
 		}
 		if n := r.db.Stats().CheckedOut; n != 0 {
@@ -342,9 +358,11 @@ func (h *history) end() {
 		}
 		h.t.Logf("run %d: %d calls, %d not refused, killed: %t, result %s, error %v", r.index, r.calls, r.allowed, r.killed, r.result, r.err)
 	}
+	h.close()
 }
 
-// close ends what is left of the runs' processes.
+// close ends what is left of the runs' processes, and returns when nothing of them is on its
+// way any more.
 func (h *history) close() {
 	var all sync.WaitGroup
 	for _, r := range h.runs {
@@ -361,19 +379,20 @@ func (h *history) close() {
 		})
 	}
 	all.Wait()
-	h.runs = nil
+}
+
+func (h *history) deliverLast() {
+	h.last = &onceRun{index: maxRuns, first: "Exec", tries: 1, failures: map[string]error{}}
+	h.last.job = h.newJob(h.db, rapid.Bool().Draw(h.t, "the last is a first delivery"), "")
+	h.last.start()
+	defer h.last.kill()
+	<-h.last.done
+	if h.last.err != nil {
+		h.t.Errorf("the last run, which nothing disturbed: %v", h.last.err)
+	}
 }
 
 func (h *history) check() {
-	runs := h.runs
-	h.close() // so that nothing is on its way any more
-	last := &onceRun{index: maxRuns, first: "Exec", tries: 1, failures: map[string]error{}, job: h.newJob(h.db, rapid.Bool().Draw(h.t, "the last is a first delivery"), "")}
-	last.start()
-	defer last.kill()
-	<-last.done
-	if last.err != nil {
-		h.t.Fatalf("the last run, which nothing disturbed: %v", last.err)
-	}
 	ctx := context.Background()
 	rows, _ := h.db.Query(ctx, "SELECT result::text FROM carpool.jobs_done WHERE id = $1", h.id)
 	records, err := pgx.CollectRows(rows, pgx.RowTo[string])
@@ -381,7 +400,7 @@ func (h *history) check() {
 		h.t.Fatalf("the job has the records %q, error %v; want one", records, err)
 	}
 	token := strings.Trim(records[0], `"`)
-	for _, r := range append(runs, last) {
+	for _, r := range append(h.runs, h.last) {
 		if r.err == nil && r.result != records[0] && !r.killed {
 			h.t.Errorf("run %d has succeeded with the result %s, and the record's is %s", r.index, r.result, records[0])
 		}
@@ -398,7 +417,7 @@ func (h *history) check() {
 	if err != nil || fmt.Sprint(effects) != fmt.Sprint(want) {
 		h.t.Errorf("the job has the effects %q, error %v; want %q", effects, err, want)
 	}
-	for _, r := range append(runs, last) {
+	for _, r := range append(h.runs, h.last) {
 		if drawn := h.drawn(fmt.Sprintf("drawn_%d", r.index)); drawn > r.allowed {
 			h.t.Errorf("run %d has run %d statements, in %d calls of its handler of which %d were not refused", r.index, drawn, r.calls, r.allowed)
 		}
