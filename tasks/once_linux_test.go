@@ -43,3 +43,17 @@ func TestRegisterTx_EffectsHappenOnceThroughPgBouncer(t *testing.T) {
 		t.Errorf("the balance is %d, want %d", balance, 5*jobs)
 	}
 }
+
+func TestFirstDelivery_EachFirstStatementHasItsEffectOnceThroughPgBouncer(t *testing.T) {
+	t.Parallel()
+	testFirstStatements(t, func(url string) *dbpool.Pool {
+		cfg := dbpool.DefaultConfig(testservers.PgBouncer(t, url))
+		cfg.ThroughPooler = true
+		db, err := dbpool.Open(t.Context(), cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(db.Close)
+		return db
+	})
+}
