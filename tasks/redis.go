@@ -8,6 +8,7 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/redis/go-redis/v9"
 	"github.com/redis/go-redis/v9/maintnotifications"
@@ -35,8 +36,17 @@ func OpenRedis(rawURL string) (redis.UniversalClient, error) {
 	if opts.MasterName != "" {
 		return sentinel.NewClient(opts), nil
 	}
+	if opts.IsClusterMode {
+		cluster := opts.Cluster()
+		cluster.ClusterStateReloadInterval = clusterReload
+		return redis.NewClusterClient(cluster), nil
+	}
 	return redis.NewUniversalClient(opts), nil
 }
+
+// clusterReload is how old a client may let its picture of a cluster get. go-redis looks anew
+// when a server sends it elsewhere, but not when one is gone, and by itself once a minute.
+const clusterReload = 2 * time.Second
 
 func parseRedisURL(rawURL string) (*redis.UniversalOptions, error) {
 	scheme, _, ok := strings.Cut(rawURL, "://")

@@ -28,6 +28,8 @@ type RedisConfig struct {
 	ReplicaOf *Redis
 	// Log receives what the server prints. Nil: only the end of it is kept, for errors.
 	Log io.Writer
+
+	cluster string // the password of the servers of a Redis Cluster; "" for a server by itself
 }
 
 // RedisDatabases is how many logical databases a started Redis has: /0 up to one less than this.
@@ -40,6 +42,7 @@ type Redis struct {
 	home     *home
 	password string
 	port     int
+	busPort  int       // on which the servers of a Redis Cluster talk
 	sentinel *sentinel // nil: it is a server of data
 
 	mu      sync.Mutex // guards what follows
@@ -66,6 +69,9 @@ func startRedis(ctx context.Context, cfg RedisConfig, lookPath func(string) (str
 	if cfg.ReplicaOf != nil {
 		r.password = cfg.ReplicaOf.password
 	}
+	if cfg.cluster != "" {
+		r.password = cfg.cluster
+	}
 	return r, r.startAtHome(ctx, lookPath)
 }
 
@@ -80,8 +86,13 @@ func (r *Redis) startAtHome(ctx context.Context, lookPath func(string) (string, 
 	if r.home, err = newHome(r.cfg.Dir, temporaryRoot(), "carpool-redis-"); err != nil {
 		return err
 	}
-	err = onSomePort(r.cfg.Port, func(port int) error {
+	err = onSomePort(r.cfg.Port, func(port int) (err error) {
 		r.port = port
+		if r.cfg.cluster != "" {
+			if r.busPort, err = FreePort(); err != nil {
+				return err
+			}
+		}
 		return r.start(ctx)
 	})
 	if err != nil {
@@ -106,6 +117,9 @@ func (r *Redis) config() string {
 	}
 	if master := r.cfg.ReplicaOf; master != nil {
 		lines = append(lines, "replicaof 127.0.0.1 "+strconv.Itoa(master.port))
+	}
+	if r.cfg.cluster != "" {
+		lines = append(lines, "cluster-enabled yes", "cluster-port "+strconv.Itoa(r.busPort), "cluster-node-timeout 1000")
 	}
 	if r.cfg.AppendFsync == "" {
 		lines = append(lines, "appendonly no")
