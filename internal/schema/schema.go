@@ -30,12 +30,17 @@ var migrations embed.FS
 const versionTable = "carpool.schema_version"
 
 // makeSchema comes before the first migration, since goose's table needs the
-// schema. IF NOT EXISTS alone fails when two run at once. The lock's number is
-// "carpool" in ASCII.
+// schema. IF NOT EXISTS alone fails when two run at once, and needs the right to create
+// schemas also where this one is there. The lock's number is "carpool" in ASCII.
 const makeSchema = `DO $$ BEGIN
 	PERFORM pg_advisory_xact_lock(27973166834872172);
-	CREATE SCHEMA IF NOT EXISTS carpool;
+	IF to_regnamespace('carpool') IS NULL THEN CREATE SCHEMA carpool; END IF;
 END $$`
+
+// errNoVersions is returned for a database that has carpool's tables and doesn't say of which
+// version.
+var errNoVersions = errors.New("schema: migrate: " + versionTable + " is empty although carpool's tables are there, as after a restore of the schema alone: " +
+	"copy its rows too (pg_dump --data-only --table=" + versionTable + "), or DROP SCHEMA carpool CASCADE, if nothing in it is needed, and migrate again")
 
 // Migrate brings the database at url up to date and logs each migration it
 // applies. Several may run at once: an advisory lock lets one work and the
@@ -49,6 +54,9 @@ func Migrate(ctx context.Context, url string, log *slog.Logger) error {
 	if _, err := db.ExecContext(ctx, makeSchema); err != nil {
 		return fmt.Errorf("schema: migrate: %w", err)
 	}
+	if err := checkVersions(ctx, db); err != nil {
+		return err
+	}
 	results, err := provider.Up(ctx)
 	for _, r := range results {
 		log.Info("migration applied", "version", r.Source.Version, "took_ms", r.Duration.Milliseconds())
@@ -58,6 +66,23 @@ func Migrate(ctx context.Context, url string, log *slog.Logger) error {
 	}
 	if len(results) == 0 {
 		log.Info("the database is up to date")
+	}
+	return nil
+}
+
+// checkVersions returns errNoVersions if the table of versions is there and empty, which goose
+// calls a "missing zero version migration".
+func checkVersions(ctx context.Context, db *sql.DB) error {
+	var there, any bool
+	err := db.QueryRowContext(ctx, "SELECT to_regclass($1) IS NOT NULL", versionTable).Scan(&there)
+	if err == nil && there {
+		err = db.QueryRowContext(ctx, "SELECT EXISTS (SELECT FROM "+versionTable+")").Scan(&any)
+	}
+	if err != nil {
+		return fmt.Errorf("schema: migrate: %w", err)
+	}
+	if there && !any {
+		return errNoVersions
 	}
 	return nil
 }

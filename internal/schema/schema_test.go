@@ -140,3 +140,64 @@ func TestMigrations_GoDownAgain(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// newOwner makes a role that owns nothing, and returns the URL with which it logs in.
+func newOwner(t *testing.T, conn *pgx.Conn, databaseURL string) (as, role string) {
+	t.Helper()
+	u, err := url.Parse(databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	role = "owner_" + strings.Trim(u.Path, "/")
+	if _, err := conn.Exec(t.Context(), "CREATE ROLE "+role+" LOGIN PASSWORD 'x' IN ROLE carpool_operator"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		for _, sql := range []string{"DROP OWNED BY " + role + " CASCADE", "DROP ROLE " + role} {
+			if _, err := conn.Exec(context.Background(), sql); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	u.User = url.UserPassword(role, "x")
+	return u.String(), role
+}
+
+func TestMigrate_NeedsNoRightToMakeSchemasThatAreThere(t *testing.T) {
+	t.Parallel()
+	databaseURL := testservers.Postgres(t)
+	migrateTo(t, testservers.Postgres(t), newest()) // which makes the role of operators for all databases
+	log := slog.New(slog.DiscardHandler)
+	admin, err := pgx.Connect(t.Context(), databaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = admin.Close(context.Background()) })
+	as, role := newOwner(t, admin, databaseURL)
+	if err := Migrate(t.Context(), as, log); err == nil {
+		t.Fatal("a role without the right to create schemas has migrated an empty database, so the test proves nothing")
+	}
+	for _, schema := range []string{"carpool", "imports"} {
+		if _, err := admin.Exec(t.Context(), "CREATE SCHEMA "+schema+" AUTHORIZATION "+role); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, when := range []string{"first", "when all is up to date"} {
+		if err := Migrate(t.Context(), as, log); err != nil {
+			t.Errorf("%s: %v", when, err)
+		}
+	}
+}
+
+func TestMigrate_TablesWithoutTheirVersionsSayTheWayOut(t *testing.T) {
+	t.Parallel()
+	databaseURL := testservers.Postgres(t)
+	conn := migrateTo(t, databaseURL, newest())
+	if _, err := conn.Exec(t.Context(), "TRUNCATE carpool.schema_version"); err != nil { // as pg_dump --schema-only leaves it
+		t.Fatal(err)
+	}
+	err := Migrate(t.Context(), databaseURL, slog.New(slog.DiscardHandler))
+	if err == nil || !strings.Contains(err.Error(), "pg_dump --data-only") || !strings.Contains(err.Error(), "DROP SCHEMA") {
+		t.Errorf("the error is %v, want the way out", err)
+	}
+}

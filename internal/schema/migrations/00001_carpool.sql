@@ -1,6 +1,11 @@
 -- +goose Up
 -- Tables that csv:import makes.
-CREATE SCHEMA IF NOT EXISTS imports;
+-- Where the schema is there already, nobody needs the right to create one.
+-- +goose StatementBegin
+DO $$ BEGIN
+    IF to_regnamespace('imports') IS NULL THEN CREATE SCHEMA imports; END IF;
+END $$;
+-- +goose StatementEnd
 
 -- One row for each attempt of webhook:deliver.
 CREATE TABLE carpool.webhook_deliveries (
