@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"strconv"
 	"strings"
 	"time"
 
@@ -17,7 +18,8 @@ import (
 // runs once for each time of day that it names: one that is skipped runs when the
 // clocks are put forward, one that comes twice runs the first time. An entry for
 // every hour, such as "*/5 * * * *", goes on as time passes: it neither pauses
-// nor catches up. These are the rules of Vixie's cron.
+// nor catches up. These are the rules of Vixie's cron, which counts among the latter
+// also what has a * first in its minutes or hours, such as "*/5 2 * * *".
 type Schedule struct {
 	every time.Duration // of "@every"; 0 for any other
 	// spec is read in UTC: the times that it gives are those of a clock on the
@@ -26,8 +28,16 @@ type Schedule struct {
 	zone *time.Location
 }
 
-// cronFields are the five fields of a crontab, and names such as @daily.
-var cronFields = cron.NewParser(cron.Minute | cron.Hour | cron.Dom | cron.Month | cron.Dow | cron.Descriptor)
+// cronParser takes the five fields of a crontab, and names such as @daily.
+var cronParser = cron.NewParser(cron.Minute | cron.Hour | cron.Dom | cron.Month | cron.Dow | cron.Descriptor)
+
+// cronFields are the five fields in their order, each with how many values it has.
+var cronFields = [...]struct {
+	name   string
+	values int
+}{{"minute", 60}, {"hour", 24}, {"day of the month", 31}, {"month", 12}, {"day of the week", 7}}
+
+const dayOfMonth, dayOfWeek = 2, 4
 
 const everyName = "@every "
 
@@ -38,6 +48,11 @@ const everyMax = 5 * 366 * 24 * time.Hour
 // @monthly, @yearly, or @every with a time such as 90s or 1h30m; and an IANA time
 // zone, "" being UTC. The time of @every is in whole seconds, from 1s to five years;
 // its ticks are its multiples since 1970 in UTC, so that all who reckon get the same.
+//
+// Where both the day of the month and the day of the week are restricted, a day that
+// fits either is one, as in "0 0 1,15 * MON". Where one of the two begins with a *, a day
+// must fit both: "0 0 */2 * WED" are the Wednesdays among every second day of the month,
+// and "0 0 * * WED" is each Wednesday. This is the rule of Vixie's cron.
 //
 // The error begins with "cron: " or "time_zone: ", names what is wrong, and says what
 // would be right.
@@ -52,7 +67,7 @@ func ParseSchedule(expression, zone string) (Schedule, error) {
 	}
 	s.zone = location
 	if s.Next(time.Unix(0, 0)).IsZero() {
-		return Schedule{}, fmt.Errorf("cron: %.100q names a day that never comes", expression)
+		return Schedule{}, fmt.Errorf("cron: %.100q names a day that never comes, or not within five years", expression)
 	}
 	return s, nil
 }
@@ -65,13 +80,26 @@ func parseZone(name string) (*time.Location, error) {
 		return time.UTC, nil
 	}
 	location, err := time.LoadLocation(name)
-	if err != nil || name == "Local" || !zoneName.MatchString(name) {
+	if err != nil || !zoneName.MatchString(name) || isOfMachine(name) {
 		return nil, fmt.Errorf("time_zone: %.100q is not known; want a name of the IANA database, such as UTC or Europe/Berlin", name)
 	}
 	return location, nil
 }
 
+// isOfMachine reports whether a name is one that some machines' database has beside those of
+// the IANA: the machine's own zone, or a copy of the zones. What it means, and whether it is
+// known, differs between the machines of one fleet.
+func isOfMachine(zone string) bool {
+	zone = strings.ToLower(zone) // file systems may not tell them apart
+	switch zone {
+	case "local", "localtime", "posixrules", "factory":
+		return true
+	}
+	return strings.HasPrefix(zone, "posix/") || strings.HasPrefix(zone, "right/")
+}
+
 func parseCron(expression string) (Schedule, error) {
+	expression = strings.Join(strings.Fields(expression), " ")
 	if d, ok := strings.CutPrefix(expression, everyName); ok {
 		every, err := time.ParseDuration(strings.TrimSpace(d))
 		if err != nil || every < time.Second || every%time.Second != 0 || every > everyMax {
@@ -82,17 +110,65 @@ func parseCron(expression string) (Schedule, error) {
 	if strings.Contains(expression, "TZ=") {
 		return Schedule{}, errors.New("has a time zone in it; the zone has a field of its own, time_zone")
 	}
-	parsed, err := cronFields.Parse(expression)
+	fields := strings.Split(expression, " ")
+	if len(fields) == len(cronFields) {
+		for i, field := range fields {
+			if err := checkField(field, cronFields[i].values); err != nil {
+				return Schedule{}, unreadable(fmt.Errorf("%s: %.40q %w", cronFields[i].name, field, err))
+			}
+		}
+	}
+	parsed, err := cronParser.Parse(expression)
 	if err != nil {
-		return Schedule{}, fmt.Errorf("can't be read: %w; want minute, hour, day of the month, month and day of the week, "+
-			"such as 30 2 * * 1-5, or @hourly, @daily, @weekly, @monthly, @yearly, or @every 90s", err)
+		return Schedule{}, unreadable(err)
 	}
 	spec, ok := parsed.(*cron.SpecSchedule)
 	if !ok {
 		return Schedule{}, errors.New("can't be read; for example 30 2 * * 1-5")
 	}
+	if len(fields) == len(cronFields) {
+		spec.Dom = withStar(spec.Dom, fields[dayOfMonth])
+		spec.Dow = withStar(spec.Dow, fields[dayOfWeek])
+	}
 	spec.Location = time.UTC
 	return Schedule{spec: spec}, nil
+}
+
+func unreadable(err error) error {
+	return fmt.Errorf("can't be read: %w; want minute, hour, day of the month, month and day of the week, "+
+		"such as 30 2 * * 1-5, or @hourly, @daily, @weekly, @monthly, @yearly, or @every 90s", err)
+}
+
+// cronValue is what stands between the commas of a field; the step is its last group.
+var cronValue = regexp.MustCompile(`^(?:[*?]|[A-Za-z0-9]+(?:-[A-Za-z0-9]+)?)(?:/([0-9]+))?$`)
+
+// checkField refuses what can't be meant, and robfig's parser takes: it passes over what is
+// missing between two commas, over the end of a range that begins with a *, and over a +.
+func checkField(field string, values int) error {
+	for value := range strings.SplitSeq(field, ",") {
+		if value == "" {
+			return errors.New("has a comma with nothing before or behind it")
+		}
+		parts := cronValue.FindStringSubmatch(value)
+		if parts == nil {
+			return errors.New("is not made of values, ranges such as 1-5, and steps such as */2")
+		}
+		if step, err := strconv.Atoi(parts[1]); parts[1] != "" && (err != nil || step > values) {
+			return fmt.Errorf("has a step of more than the %d values there are", values)
+		}
+	}
+	return nil
+}
+
+// starBit has robfig's parser ask for days that fit both of their fields. It sets the bit
+// for a plain * anywhere in one; see [ParseSchedule] for the rule here.
+const starBit = 1 << 63
+
+func withStar(days uint64, field string) uint64 {
+	if strings.HasPrefix(field, "*") || strings.HasPrefix(field, "?") {
+		return days | starBit
+	}
+	return days &^ starBit
 }
 
 // everyHour reports whether no hour is left out.

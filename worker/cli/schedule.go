@@ -9,6 +9,7 @@ import (
 	"text/tabwriter"
 	"time"
 	_ "time/tzdata" // an image without zoneinfo knows the time zones all the same
+	"unicode"
 
 	"github.com/carpool-go/carpool/dbpool"
 	"github.com/carpool-go/carpool/internal/schema"
@@ -149,7 +150,7 @@ func printSchedules(out io.Writer, list []scheduler.Status) error {
 		if !s.Enabled {
 			next = "disabled"
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", s.Name, s.Cron, s.TimeZone, s.Kind, s.Missed, s.Overlap, s.Source,
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", s.Name, printable(s.Cron), printable(s.TimeZone), printable(s.Kind), s.Missed, s.Overlap, s.Source,
 			scheduleTime(s.LastTick, s.TimeZone), next, printable(s.Problem))
 	}
 	return w.Flush()
@@ -237,7 +238,7 @@ func (n *scheduleNextCmd) Run(ctx context.Context, in *invocation) error {
 	if n.N < 1 || n.N > 1000 {
 		return argumentError(fmt.Sprintf("-n: %d is not a number from 1 to 1000", n.N))
 	}
-	if strings.ContainsAny(n.Of, " @") { // which no name has
+	if strings.ContainsAny(n.Of, "@*?/,") || strings.ContainsFunc(n.Of, unicode.IsSpace) { // which no name has
 		schedule, err := scheduler.ParseSchedule(n.Of, n.TimeZone)
 		if err != nil {
 			return argumentError(err.Error())

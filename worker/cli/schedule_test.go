@@ -49,6 +49,8 @@ func TestSchedule_RefusesWhatIsWrongWithOneLineThatNamesIt(t *testing.T) {
 		{"--missed", []string{"add", "a", "@daily", "rows:prune", pruneNothing, "--missed", "never"}},
 		{"--overlap", []string{"add", "a", "@daily", "rows:prune", pruneNothing, "--overlap", "never"}},
 		{"cron: ", []string{"next", "* * * *"}},
+		{"cron: ", []string{"next", "61\t*\t*\t*\t*"}},
+		{"cron: ", []string{"next", "*/5"}},
 		{"time_zone: ", []string{"next", "@daily", "--time-zone", "Mars"}},
 		{"-n: ", []string{"next", "@daily", "-n", "0"}},
 	} {
@@ -114,6 +116,15 @@ func TestSchedule_TheLifeOfAnEntry(t *testing.T) {
 	}
 	if stdout, _ := b.schedule(t, 0, "next", "@hourly"); len(strings.Fields(stdout)) != 5 || !strings.Contains(stdout, ":00:00Z") {
 		t.Errorf("the next ticks of an expression: %q", stdout)
+	}
+	for _, cron := range []string{"0\t*\t*\t*\t*", " 0  *\t *  *  * "} {
+		if stdout, _ := b.schedule(t, 0, "next", cron); len(strings.Fields(stdout)) != 5 || !strings.Contains(stdout, ":00:00Z") {
+			t.Errorf("the next ticks of %q: %q", cron, stdout)
+		}
+	}
+	b.Exec(t, "UPDATE carpool.schedules SET cron = E'30\\t2\\t*\\t*\\t*'")
+	if stdout, _ := b.schedule(t, 0, "ls"); !strings.Contains(stdout, "30 2 * * *  Europe/Berlin") {
+		t.Errorf("the table of an entry with tabs: %q", stdout)
 	}
 	b.schedule(t, 0, "rm", "prune")
 	if stdout, _ := b.schedule(t, 0, "ls", "--json"); stdout != "" {
