@@ -170,7 +170,7 @@ func (s *Set) Lookup(kind string) (*Task, error) {
 }
 
 // Decode turns JSON into the task's payload and validates it. It takes one object whose
-// fields are all known. Every error is a permanent [PayloadError] that names the field and
+// fields are all known, each by its exact name, and there once at most. Every error is a permanent [PayloadError] that names the field and
 // shows nothing of the payload; for a panic of the payload's own methods it names the
 // place. A worker calls it before [Task.Run].
 func (t *Task) Decode(data []byte) (p Payload, err error) {
@@ -277,7 +277,68 @@ func decodeStrictly(data []byte, into any, fields []Field) error {
 	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
 		return errors.New("there is something after the JSON object")
 	}
+	return checkNames(data, fields)
+}
+
+// checkNames refuses an object that has a field twice, or in other letters than its own.
+// encoding/json takes both, and has the last one win, but carpool.enqueue knows each field
+// by its exact name alone. Like that, it leaves the objects inside to the kind. data must be
+// one JSON object, which is read as text because to decode it once more would cost as much
+// as the first time.
+func checkNames(data []byte, fields []Field) error {
+	seen := make([]bool, len(fields))
+	depth := 0
+	for i := 0; i < len(data); i++ {
+		switch data[i] {
+		case '{', '[':
+			depth++
+		case '}', ']':
+			depth--
+		case '"':
+			start := i
+			for i++; data[i] != '"'; i++ {
+				if data[i] == '\\' {
+					i++
+				}
+			}
+			if depth != 1 || !bytes.HasPrefix(bytes.TrimLeft(data[i+1:], " \t\r\n"), []byte(":")) {
+				continue
+			}
+			if err := checkName(data[start:i+1], fields, seen); err != nil {
+				return err
+			}
+		}
+	}
 	return nil
+}
+
+// checkName looks at one name of an object, a string of JSON. seen are the fields that were
+// there before.
+func checkName(quoted []byte, fields []Field, seen []bool) error {
+	name := quoted[1 : len(quoted)-1]
+	if bytes.IndexByte(name, '\\') >= 0 {
+		var unquoted string
+		if err := json.Unmarshal(quoted, &unquoted); err != nil {
+			return withoutContent(err, fields)
+		}
+		name = []byte(unquoted)
+	}
+	for i, f := range fields {
+		switch {
+		case f.Name != string(name):
+		case seen[i]:
+			return fmt.Errorf("%s: is there twice", f.Name)
+		default:
+			seen[i] = true
+			return nil
+		}
+	}
+	for _, f := range fields {
+		if strings.EqualFold(f.Name, string(name)) {
+			return unknownField(fmt.Sprintf("%q", name), fields)
+		}
+	}
+	return nil // the payload's own code has taken it
 }
 
 // withoutContent rewrites an error of encoding/json so that it names the place
@@ -291,19 +352,24 @@ func withoutContent(err error, fields []Field) error {
 		return fmt.Errorf("%s: want %s, got %s", e.Field, jsonType(e.Type), got)
 	}
 	if name, ok := strings.CutPrefix(err.Error(), "json: unknown field "); ok {
-		var known []string
-		for _, f := range fields {
-			known = append(known, f.Name)
-		}
-		if len(known) == 0 {
-			return fmt.Errorf("unknown field %.64s: this kind has no fields", name)
-		}
-		return fmt.Errorf("unknown field %.64s: the fields are %s", name, strings.Join(known, ", "))
+		return unknownField(name, fields)
 	}
 	if errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF) {
 		return errors.New("it is cut off: the JSON object has no end")
 	}
 	return errors.New("it can't be decoded")
+}
+
+// unknownField is the error for a name, in quotes, that is no field's.
+func unknownField(name string, fields []Field) error {
+	var known []string
+	for _, f := range fields {
+		known = append(known, f.Name)
+	}
+	if len(known) == 0 {
+		return fmt.Errorf("unknown field %.64s: this kind has no fields", name)
+	}
+	return fmt.Errorf("unknown field %.64s: the fields are %s", name, strings.Join(known, ", "))
 }
 
 func fieldsOf(t reflect.Type) []Field {

@@ -4,12 +4,16 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/hibiken/asynq"
+	"pgregory.net/rapid"
 
 	"github.com/carpool-go/carpool/tasks"
 	"github.com/carpool-go/carpool/tasks/builtin"
@@ -118,16 +122,23 @@ func TestTask_DecodeNamesWhatIsWrongAndIsPermanent(t *testing.T) {
 	t.Parallel()
 	task := parcelTask(t)
 	for data, want := range map[string]string{
-		`{"to":"a","count":"three"}`:            "count: want integer, got string",
-		`{"to":"a","count":1.5}`:                "count: want integer, got number",
-		`{"to":"a","inside":{"size":"x"}}`:      "inside.size: want integer, got string",
-		`{"to":"a","inside":{"depth":1}}`:       `unknown field "depth": the fields are to, count, weight, fragile, tags, extra, due, inside`,
-		`{"to":"a","due":"yesterday"}`:          "it can't be decoded",
-		"\ufeff{}":                              "it is not a JSON object",
-		`{"to":"a"}x`:                           "there is something after the JSON object",
-		`null`:                                  "it is not a JSON object",
-		`{}`:                                    "to: must not be empty",
-		`{"` + strings.Repeat("x", 300) + `":1`: "",
+		`{"to":"a","count":"three"}`:              "count: want integer, got string",
+		`{"to":"a","count":1.5}`:                  "count: want integer, got number",
+		`{"to":"a","inside":{"size":"x"}}`:        "inside.size: want integer, got string",
+		`{"to":"a","inside":{"depth":1}}`:         `unknown field "depth": the fields are to, count, weight, fragile, tags, extra, due, inside`,
+		`{"To":"a"}`:                              `unknown field "To": the fields are to, count, weight`,
+		`{"to":"a","COUNT":1}`:                    `unknown field "COUNT": the fields are to,`,
+		`{"to":"a","\u0043ount":1}`:               `unknown field "Count": the fields are to,`,
+		"{\"to\":\"a\",\"tag\u017f\":[]}":         `unknown field "tagſ": the fields are to,`,
+		`{"to":"a","count":1,"count":1}`:          "count: is there twice",
+		"{\"to\" \n:\"a\", \"t\\u006f\"\t: \"\"}": "to: is there twice",
+		`{"to":"a","extra":{"to":[1]},"to":""}`:   "to: is there twice",
+		`{"to":"a","due":"yesterday"}`:            "it can't be decoded",
+		"\ufeff{}":                                "it is not a JSON object",
+		`{"to":"a"}x`:                             "there is something after the JSON object",
+		`null`:                                    "it is not a JSON object",
+		`{}`:                                      "to: must not be empty",
+		`{"` + strings.Repeat("x", 300) + `":1`:   "",
 	} {
 		_, err := task.Decode([]byte(data))
 		if err == nil || !strings.Contains(err.Error(), want) {
@@ -143,9 +154,91 @@ func TestTask_DecodeNamesWhatIsWrongAndIsPermanent(t *testing.T) {
 	}
 }
 
+// labelled has fields of another struct, and one with the name that Go gives it.
+type labelled struct {
+	parcel
+	Label string
+}
+
+func TestTask_DecodeTakesWhatIsMarshalledFromItsPayload(t *testing.T) {
+	t.Parallel()
+	set := new(tasks.Set)
+	tasks.Register(set, func(context.Context, *tasks.Job, labelled) (any, error) { return nil, nil })
+	task, err := set.Lookup("parcel:send")
+	if err != nil {
+		t.Fatal(err)
+	}
+	data, err := json.Marshal(labelled{parcel: parcel{To: `"to":`, Count: 1, Extra: json.RawMessage(`{"to":1,"To":2,"label":3}`)}, Label: `\"Label\":`})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := task.Decode(data); err != nil {
+		t.Errorf("%s: %v", data, err)
+	}
+	if _, err := task.Decode([]byte(`{"to":"a","label":""}`)); err == nil || !strings.Contains(err.Error(), `unknown field "label"`) {
+		t.Errorf("a field in other letters than its own: %v", err)
+	}
+}
+
+// Names are written in every way that JSON has, and there are names inside of values.
+func TestTask_DecodeTakesEachFieldByItsExactNameOnce(t *testing.T) {
+	t.Parallel()
+	task := parcelTask(t)
+	values := map[string]string{
+		"to": `"to\\\",\"to\":"`, "tags": `["tags", "to\\", "{"]`, "extra": `{"to": 1, "To": {"tags": []}, "to\"": "}"}`, "fragile": "true", "inside": `{"size": 1}`,
+	}
+	rapid.Check(t, func(t *rapid.T) {
+		var b strings.Builder
+		blank := func() { b.WriteString(rapid.SampledFrom([]string{"", " ", "\n\t"}).Draw(t, "blank")) }
+		want, seen := true, make(map[string]bool)
+		b.WriteString(`{"count":1`)
+		for _, name := range append([]string{"to"}, rapid.SliceOfN(rapid.SampledFrom(slices.Sorted(maps.Keys(values))), 0, 3).Draw(t, "names")...) {
+			want = want && !seen[name]
+			seen[name] = true
+			value := values[name]
+			if rapid.IntRange(0, 5).Draw(t, "letters") == 0 {
+				name, want = strings.ToUpper(name[:1])+name[1:], false
+			}
+			if rapid.Bool().Draw(t, "escaped") {
+				name = fmt.Sprintf(`\u%04x%s`, name[0], name[1:])
+			}
+			b.WriteString(",")
+			blank()
+			b.WriteString(`"` + name + `"`)
+			blank()
+			b.WriteString(":")
+			blank()
+			b.WriteString(value)
+			blank()
+		}
+		b.WriteString("}")
+		if _, err := task.Decode([]byte(b.String())); (err == nil) != want {
+			t.Fatalf("%s: %v", b.String(), err)
+		}
+	})
+}
+
+func BenchmarkTask_Decode(b *testing.B) {
+	task := parcelTask(b)
+	for name, data := range map[string]string{
+		"small": `{"to":"Ada","count":2,"weight":1.5,"tags":["a","b"],"extra":{"a":[1,2,3]}}`,
+		"large": `{"to":"` + strings.Repeat("x", 500_000) + `","tags":["` + strings.Repeat(`","`, 100_000) + `"]}`,
+	} {
+		b.Run(name, func(b *testing.B) {
+			b.SetBytes(int64(len(data)))
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, err := task.Decode([]byte(data)); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
 func FuzzTask_DecodeNeverPanicsAndNeverShowsValues(f *testing.F) {
 	task := parcelTask(f)
-	for _, seed := range []string{`{"to":"s3cr3t"}`, `{"to":"s3cr3t","count":"s3cr3t"}`, `{"to":["s3cr3t"]}`, `{`, ``, `{"to":"s3cr3t"}}`} {
+	for _, seed := range []string{`{"to":"s3cr3t"}`, `{"to":"s3cr3t","to":"s3cr3t"}`, `{"To":"\"s3cr3t\\"}`, `{"to":"s3cr3t","count":"s3cr3t"}`, `{"to":["s3cr3t"]}`, `{`, ``, `{"to":"s3cr3t"}}`} {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, data string) {
