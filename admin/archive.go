@@ -1,6 +1,7 @@
 package admin
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -18,7 +19,7 @@ import (
 )
 
 const (
-	// ArchiveLimit is how many jobs the archive of a queue holds. asynq drops the oldest for
+	// ArchiveLimit is how many jobs the archive of a queue holds. The oldest is dropped for
 	// each one more, and each after 90 days.
 	ArchiveLimit = asynqwire.ArchiveLimit
 	// ArchiveWarning is the number of jobs from which on an archive is nearly full.
@@ -35,12 +36,14 @@ type ArchivedJob struct {
 	ID    string `json:"id"`
 	Kind  string `json:"kind"`
 	Queue string `json:"queue"`
-	// Tries is how often the job was run.
+	// Tries is how often the job was run; 0 for one that was archived by hand before its first
+	// try.
 	Tries int `json:"tries"`
-	// ArchivedAt is when it was given up, in UTC.
+	// ArchivedAt is when it came into the archive, in UTC.
 	ArchivedAt time.Time `json:"archived_at"`
-	// Reason is why it was given up; the text of [tasks.ErrJobLost] for a job whose data is
-	// gone, of which only the id, the queue and the time are known.
+	// Reason is why it was given up; [ArchivedByHand] for a job that had not failed; the text
+	// of [tasks.ErrJobLost] for one whose data is gone, of which only the id, the queue and
+	// the time are known.
 	Reason string `json:"reason"`
 	// Payload is what it carries, as JSON, which may be personal or secret.
 	Payload []byte `json:"-"`
@@ -49,17 +52,32 @@ type ArchivedJob struct {
 	lost    bool
 }
 
-func archivedJob(t *asynq.TaskInfo) ArchivedJob {
+// ArchivedByHand is the reason of a job that had not failed and was moved to the archive all
+// the same: on a page of asynqmon, or by asynq's Inspector.
+const ArchivedByHand = "archived by hand"
+
+// byHandAfter is how long after its last failure a job must have come into the archive for
+// that to be another's doing than the failure's. A worker that can't tell Redis of a failure
+// for so long has lost the job's lease.
+const byHandAfter = time.Minute
+
+// archivedJob is a job of the archive, with its score there. asynq keeps no other time for a
+// job that was archived by hand, and doesn't say that it was.
+func archivedJob(t *asynq.TaskInfo, score float64) ArchivedJob {
+	at := time.Unix(int64(score), 0).UTC()
 	why, tries := reason.OfArchived(t.LastErr, t.Retried)
+	if at.Sub(t.LastFailedAt) > byHandAfter && why != reason.Cancelled {
+		tries = t.Retried // the last failure was followed by a retry
+		why = cmp.Or(why, ArchivedByHand)
+	}
 	return ArchivedJob{
-		ID: t.ID, Kind: t.Type, Queue: t.Queue, Tries: tries,
-		ArchivedAt: t.LastFailedAt.UTC(), Reason: why, Payload: t.Payload, headers: t.Headers,
+		ID: t.ID, Kind: t.Type, Queue: t.Queue, Tries: tries, ArchivedAt: at, Reason: why, Payload: t.Payload, headers: t.Headers,
 	}
 }
 
 // lostJob is what there is of a job of the archive whose data is gone.
-func lostJob(queue, id string, archivedAt float64) ArchivedJob {
-	return ArchivedJob{ID: id, Queue: queue, ArchivedAt: time.Unix(int64(archivedAt), 0).UTC(), Reason: tasks.ErrJobLost.Error(), lost: true}
+func lostJob(queue, id string, score float64) ArchivedJob {
+	return ArchivedJob{ID: id, Queue: queue, ArchivedAt: time.Unix(int64(score), 0).UTC(), Reason: tasks.ErrJobLost.Error(), lost: true}
 }
 
 // ArchiveFilter chooses jobs of the archive: those that all of its fields choose. The zero
@@ -142,20 +160,21 @@ func (a *Admin) archivedOf(ctx context.Context, queue string, f ArchiveFilter) (
 // reads it in one exchange, but for the jobs whose data is gone: one may be a task without
 // an id, be left out, or make asynq fail.
 func (a *Admin) archivedPage(ctx context.Context, queue string, page int) (jobs []ArchivedJob, more bool, err error) {
-	ids, err := a.rdb.ZRange(ctx, asynqwire.Archived(queue), int64(page)*archivePage, int64(page+1)*archivePage-1).Result()
+	listed, err := a.rdb.ZRangeWithScores(ctx, asynqwire.Archived(queue), int64(page)*archivePage, int64(page+1)*archivePage-1).Result()
 	if err != nil && !asynqwire.IsWrongType(err) { // of an archive that is something else
 		return nil, false, err
 	}
-	read := make(map[string]*asynq.TaskInfo, len(ids))
+	read := make(map[string]*asynq.TaskInfo, len(listed))
 	all, err := a.inspector.ListArchivedTasks(queue, asynq.Page(page+1), asynq.PageSize(archivePage))
 	if err == nil { // else each is read by itself, and tells what is wrong
 		for _, t := range all {
 			read[t.ID] = t
 		}
 	}
-	for _, id := range ids {
+	for _, z := range listed {
+		id := z.Member.(string)
 		if t := read[id]; t != nil {
-			jobs = append(jobs, archivedJob(t))
+			jobs = append(jobs, archivedJob(t, z.Score))
 			continue
 		}
 		job, err := a.ArchivedJob(ctx, queue, id)
@@ -166,7 +185,7 @@ func (a *Admin) archivedPage(ctx context.Context, queue string, page int) (jobs 
 			return nil, false, err
 		}
 	}
-	return jobs, len(ids) == archivePage, nil
+	return jobs, len(listed) == archivePage, nil
 }
 
 // ArchivedJob returns one job of a queue's archive. The error wraps [ErrNotArchived], or is
@@ -176,15 +195,17 @@ func (a *Admin) ArchivedJob(ctx context.Context, queue, id string) (ArchivedJob,
 		return ArchivedJob{}, context.Cause(ctx)
 	}
 	t, err := asynqwire.GetTask(ctx, a.rdb, a.inspector, queue, id)
+	lost := errors.Is(err, asynqwire.ErrLost) || errors.Is(err, asynq.ErrTaskNotFound)
 	switch {
-	case err == nil && t.State == asynq.TaskStateArchived:
-		return archivedJob(t), nil
-	case errors.Is(err, asynqwire.ErrLost), errors.Is(err, asynq.ErrTaskNotFound):
-		var archivedAt float64
-		if archivedAt, err = a.rdb.ZScore(ctx, asynqwire.Archived(queue), id).Result(); err == nil {
-			return lostJob(queue, id, archivedAt), nil
-		}
-		if errors.Is(err, redis.Nil) {
+	case lost, err == nil && t.State == asynq.TaskStateArchived:
+		var score float64
+		score, err = a.rdb.ZScore(ctx, asynqwire.Archived(queue), id).Result()
+		switch {
+		case err == nil && lost:
+			return lostJob(queue, id, score), nil
+		case err == nil:
+			return archivedJob(t, score), nil
+		case errors.Is(err, redis.Nil):
 			err = ErrNotArchived
 		}
 	case err == nil, errors.Is(err, asynq.ErrQueueNotFound):

@@ -40,6 +40,9 @@ func (o *office) giveUp(t *testing.T, p tasks.Payload, opts *tasks.EnqueueOption
 	if err := o.inspector.ArchiveTask(info.Queue, info.ID); err != nil {
 		t.Fatal(err)
 	}
+	if err := o.rdb.ZAdd(t.Context(), asynqwire.Archived(info.Queue), redis.Z{Score: float64(at.Unix()), Member: info.ID}).Err(); err != nil {
+		t.Fatal(err)
+	}
 	return info
 }
 
@@ -58,7 +61,7 @@ func TestArchived_ReturnsWhatTheFilterChoosesTheLatestFirst(t *testing.T) {
 	if jobs := o.archived(t, admin.ArchiveFilter{}); len(jobs) != 0 {
 		t.Errorf("of nothing: %+v", jobs)
 	}
-	monday := time.Date(2026, 1, 5, 8, 0, 0, 0, time.UTC)
+	monday := time.Now().Add(-48 * time.Hour).Truncate(time.Second).UTC() // and no longer ago than an archive keeps
 	first := o.giveUp(t, note{"s3cr3t"}, nil, "the door is locked", monday, 3)
 	third := o.giveUp(t, letter{}, nil, "the box is full", monday.Add(2*time.Hour), 0)
 	second := o.giveUp(t, note{}, &tasks.EnqueueOptions{Queue: "low"}, "context canceled", monday.Add(time.Hour), 1)
@@ -92,6 +95,50 @@ func TestArchived_ReturnsWhatTheFilterChoosesTheLatestFirst(t *testing.T) {
 		}
 		if diff := cmp.Diff(c.want, ids); diff != "" {
 			t.Errorf("%s (-want +got):\n%s", name, diff)
+		}
+	}
+}
+
+// asynq's Inspector is what asynqmon archives with. It leaves the job as it is.
+func TestArchived_TellsWhatIsTrueOfAJobThatWasArchivedByHand(t *testing.T) {
+	t.Parallel()
+	o := newOffice(t, nil)
+	now := time.Now().Truncate(time.Second)
+	for name, c := range map[string]struct {
+		id       string
+		failedAt time.Time
+		want     admin.ArchivedJob
+	}{
+		"never run":          {o.enqueue(t, nil).ID, time.Time{}, admin.ArchivedJob{Tries: 0, Reason: admin.ArchivedByHand}},
+		"not due":            {o.enqueue(t, &tasks.EnqueueOptions{RunAt: now.Add(time.Hour)}).ID, time.Time{}, admin.ArchivedJob{Tries: 0, Reason: admin.ArchivedByHand}},
+		"failed twice":       {o.giveUp(t, note{}, nil, "the door is locked", now, 2).ID, now.Add(-time.Hour), admin.ArchivedJob{Tries: 2, Reason: "the door is locked"}},
+		"given up":           {o.giveUp(t, note{}, nil, "the door is locked", now, 2).ID, now.Add(-time.Second), admin.ArchivedJob{Tries: 3, Reason: "the door is locked"}},
+		"cancelled, is said": {o.giveUp(t, note{}, nil, "cancelled", now, 2).ID, now.Add(-time.Hour), admin.ArchivedJob{Tries: 3, Reason: "cancelled"}},
+	} {
+		if c.failedAt.IsZero() {
+			if err := o.inspector.ArchiveTask("default", c.id); err != nil {
+				t.Fatal(err)
+			}
+		} else {
+			msg, err := asynqwire.ReadMessage(t.Context(), o.rdb, "default", c.id)
+			if err != nil {
+				t.Fatal(err)
+			}
+			msg.LastFailedAt = c.failedAt.Unix()
+			if err := o.rdb.HSet(t.Context(), asynqwire.Task("default", c.id), "msg", msg.Encode()).Err(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		one, err := o.ArchivedJob(t.Context(), "default", c.id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all := o.archived(t, admin.ArchiveFilter{})
+		listed := all[slices.IndexFunc(all, func(job admin.ArchivedJob) bool { return job.ID == c.id })]
+		for how, got := range map[string]admin.ArchivedJob{"by its id": one, "listed": listed} {
+			if got.Tries != c.want.Tries || got.Reason != c.want.Reason || got.ArchivedAt.Sub(now).Abs() > time.Minute || got.ArchivedAt.Location() != time.UTC {
+				t.Errorf("%s, %s: %d tries, at %s, %q; want %d, about now, %q", name, how, got.Tries, got.ArchivedAt, got.Reason, c.want.Tries, c.want.Reason)
+			}
 		}
 	}
 }
