@@ -42,6 +42,9 @@ type Queue struct {
 	Retry     int    `json:"retry"`
 	Archived  int    `json:"archived"`
 	Completed int    `json:"completed"`
+	// Aggregating is how many jobs plain clients of asynq have put into its groups. No
+	// instance fetches them: only a server of asynq's with a GroupAggregator does.
+	Aggregating int `json:"aggregating"`
 	// LatencyMS is how long the oldest pending job has waited, in milliseconds.
 	LatencyMS int64 `json:"latency_ms"`
 	// Paused is true between [Admin.Pause] and [Admin.Resume].
@@ -200,7 +203,8 @@ func (a *Admin) queue(ctx context.Context, name string) (Queue, error) {
 	stands := Queue{
 		Name: name, Pending: n(tasks.StatePending), Active: n(tasks.StateActive), Scheduled: n(tasks.StateScheduled),
 		Retry: n(tasks.StateRetry), Archived: n(tasks.StateArchived), Completed: n(tasks.StateCompleted),
-		LatencyMS: q.Latency.Milliseconds(), Paused: q.Paused,
+		Aggregating: n(tasks.StateAggregating),
+		LatencyMS:   q.Latency.Milliseconds(), Paused: q.Paused,
 		ArchiveNearlyFull: n(tasks.StateArchived) >= ArchiveWarning,
 		Unreadable:        q.Unreadable,
 	}

@@ -45,6 +45,16 @@ func Archived(queue string) string { return key(queue, "archived") }
 // in Unix seconds.
 func Completed(queue string) string { return key(queue, "completed") }
 
+// groups is the key of the set of the names of asynq's groups that have jobs.
+func groups(queue string) string { return key(queue, "groups") }
+
+// group is the key of the sorted set of the jobs of a group, by when they were enqueued.
+func group(queue, name string) string { return key(queue, "g:"+name) }
+
+// aggregations is the key of the sorted set of the keys of the sorted sets of jobs that a
+// server of asynq's is about to make one job of.
+func aggregations(queue string) string { return key(queue, "aggregation_sets") }
+
 // Paused is the key that is there while a queue is paused: no job of it is fetched.
 func Paused(queue string) string { return key(queue, "paused") }
 

@@ -244,7 +244,8 @@ func Listed(ctx context.Context, rdb redis.UniversalClient, queue, id string) (s
 
 // QueueState is how a queue stands.
 type QueueState struct {
-	// Jobs are the numbers of its jobs by their state.
+	// Jobs are the numbers of its jobs by their state: those of [States], and "aggregating",
+	// of jobs that plain clients of asynq have put into groups.
 	Jobs map[string]int
 	// Latency is how long the oldest pending job has waited; 0 if there is none, or if that
 	// is lost.
@@ -264,7 +265,7 @@ func ReadQueue(ctx context.Context, rdb redis.UniversalClient, queue string, loo
 	states := States()
 	counts := make([]*redis.IntCmd, len(states))
 	var paused *redis.IntCmd
-	var oldest *redis.StringSliceCmd
+	var oldest, grouped, aggregated *redis.StringSliceCmd
 	if err := Pipelined(ctx, rdb, func(p redis.Pipeliner) {
 		for i, state := range states {
 			if isList(state) {
@@ -275,6 +276,8 @@ func ReadQueue(ctx context.Context, rdb redis.UniversalClient, queue string, loo
 		}
 		oldest = p.LRange(ctx, Pending(queue), -1, -1)
 		paused = p.Exists(ctx, Paused(queue))
+		grouped = p.SMembers(ctx, groups(queue))
+		aggregated = p.ZRange(ctx, aggregations(queue), 0, -1)
 	}); err != nil {
 		return nil, fmt.Errorf("count its jobs: %w", err)
 	}
@@ -285,15 +288,39 @@ func ReadQueue(ctx context.Context, rdb redis.UniversalClient, queue string, loo
 			q.Unreadable = append(q.Unreadable, key(queue, state))
 		}
 	}
+	sets := aggregated.Val()
+	for _, name := range grouped.Val() {
+		sets = append(sets, group(queue, name))
+	}
+	var err error
+	if q.Jobs["aggregating"], err = countAll(ctx, rdb, sets); err != nil {
+		return nil, fmt.Errorf("count the jobs of its groups: %w", err)
+	}
 	for _, id := range oldest.Val() {
 		since, err := rdb.HGet(ctx, Task(queue, id), "pending_since").Int64()
 		if err == nil {
 			q.Latency = max(0, time.Since(time.Unix(0, since)))
 		}
 	}
-	var err error
 	if q.Lost, err = FindLost(ctx, rdb, queue, lookAt); err != nil {
 		return nil, fmt.Errorf("look for its jobs' data: %w", err)
 	}
 	return q, nil
+}
+
+// countAll returns how many members sorted sets have together.
+func countAll(ctx context.Context, rdb redis.UniversalClient, sets []string) (n int, err error) {
+	if len(sets) == 0 {
+		return 0, nil
+	}
+	counts := make([]*redis.IntCmd, len(sets))
+	err = Pipelined(ctx, rdb, func(p redis.Pipeliner) {
+		for i, set := range sets {
+			counts[i] = p.ZCard(ctx, set)
+		}
+	})
+	for _, count := range counts {
+		n += int(count.Val())
+	}
+	return n, err
 }

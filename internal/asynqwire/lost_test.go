@@ -1,7 +1,9 @@
 package asynqwire_test
 
 import (
+	"context"
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -130,7 +132,7 @@ func TestReadQueue_CountsWhatItCanWhereAListIsSomethingElse(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := &asynqwire.QueueState{
-		Jobs:       map[string]int{"pending": 0, "active": 0, "scheduled": 1, "retry": 0, "archived": 0, "completed": 0},
+		Jobs:       map[string]int{"pending": 0, "active": 0, "scheduled": 1, "retry": 0, "archived": 0, "completed": 0, "aggregating": 0},
 		Unreadable: []string{asynqwire.Pending("q"), asynqwire.Archived("q")},
 	}
 	if diff := cmp.Diff(want, q); diff != "" {
@@ -168,5 +170,52 @@ func TestGetTask_SaysOfALostJobThatItIs(t *testing.T) {
 	info, err := asynqwire.GetTask(t.Context(), rdb, inspector, "q", "sound")
 	if err != nil || info.State != asynq.TaskStateRetry {
 		t.Errorf("a sound one: %+v, %v", info, err)
+	}
+}
+
+func TestReadQueue_CountsTheJobsOfGroupsAndOfThoseThatAreMadeOne(t *testing.T) {
+	t.Parallel()
+	rdb := openRedis(t)
+	client := asynq.NewClientFromRedisClient(rdb)
+	count := func() int {
+		t.Helper()
+		q, err := asynqwire.ReadQueue(t.Context(), rdb, "q", 10)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return q.Jobs["aggregating"]
+	}
+	for i := range 5 {
+		if _, err := client.EnqueueContext(t.Context(), asynq.NewTask("x", nil), asynq.Queue("q"), asynq.Group(fmt.Sprint("group:", i%2))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := count(); n != 5 {
+		t.Errorf("of 5 jobs in two groups it counts %d", n)
+	}
+	counted := make(chan int, 10) // while they are in neither group
+	server := asynq.NewServerFromRedisClient(rdb, asynq.Config{
+		Queues: map[string]int{"q": 1}, LogLevel: asynq.FatalLevel, GroupGracePeriod: time.Second, GroupMaxSize: 2,
+		GroupAggregator: asynq.GroupAggregatorFunc(func(string, []*asynq.Task) *asynq.Task {
+			counted <- count()
+			return asynq.NewTask("together", nil)
+		}),
+	})
+	if err := server.Start(asynq.HandlerFunc(func(context.Context, *asynq.Task) error { return nil })); err != nil {
+		t.Fatal(err)
+	}
+	defer server.Shutdown()
+	select {
+	case n := <-counted:
+		if n != 5 {
+			t.Errorf("while some are made one, it counts %d", n)
+		}
+	case <-time.After(time.Minute):
+		t.Fatal("nothing is aggregated")
+	}
+	for giveUp := time.Now().Add(time.Minute); count() > 0; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(giveUp) {
+			t.Fatalf("it still counts %d", count())
+		}
 	}
 }

@@ -179,6 +179,10 @@ func printQueues(w *tabwriter.Writer, out *bytes.Buffer, s *admin.Status, paint 
 		if q.Pending+q.Active+q.Scheduled+q.Retry > 0 && !s.IsServed(q.Name) {
 			fmt.Fprintln(out, paint(red, fmt.Sprintf("! nobody pulls from %s: no instance has it among its WORKER_QUEUES", printable(q.Name))))
 		}
+		if q.Aggregating > 0 {
+			fmt.Fprintln(out, paint(yellow, fmt.Sprintf("! %s: %d in groups of asynq's (the option Group), which no worker of carpool's fetches; "+
+				"only a server of asynq's with a GroupAggregator does", printable(q.Name), q.Aggregating)))
+		}
 		if len(q.Lost) > 0 {
 			fmt.Fprintln(out, paint(red, fmt.Sprintf("! %s: %s", printable(q.Name), lostJobs(q))))
 		}

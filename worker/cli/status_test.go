@@ -336,6 +336,26 @@ func TestStatus_WarnsOfAQueueThatNobodyPullsFromWhateverItsJobsAre(t *testing.T)
 	}
 }
 
+func TestStatus_SaysThatNobodyFetchesTheJobsOfGroups(t *testing.T) {
+	t.Parallel()
+	b := &busy{bundle: setup(t)}
+	b.rdb = b.Redis(t)
+	for range 2 {
+		_, err := asynq.NewClientFromRedisClient(b.rdb).EnqueueContext(t.Context(), asynq.NewTask("x", nil), asynq.Group("mails"), asynq.Queue("low"))
+		b.do(t, err)
+	}
+	text, err := new(statusCmd).shown(t, admin.New(b.rdb, nil))
+	b.do(t, err)
+	if !strings.Contains(text, "\n! low: 2 in groups of asynq's (the option Group), which no worker of carpool's fetches; ") {
+		t.Errorf("status:\n%s", text)
+	}
+	text, err = (&statusCmd{JSON: true}).shown(t, admin.New(b.rdb, nil))
+	b.do(t, err)
+	if !strings.Contains(text, `"aggregating":2`) {
+		t.Errorf("as JSON:\n%s", text)
+	}
+}
+
 func TestStatus_NamesTheKindsOfTheOutboxThatNoWorkerKnows(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
