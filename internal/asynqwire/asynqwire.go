@@ -72,9 +72,10 @@ func Task(queue, id string) string { return key(queue, "t:"+id) }
 func key(queue, name string) string { return "asynq:{" + queue + "}:" + name }
 
 const (
-	// ArchiveLimit is how many jobs asynq keeps in a queue's archive. For each one more,
-	// it drops the oldest.
-	ArchiveLimit = 10_000
+	// ArchiveLimit is how many jobs a queue's archive keeps. For each one more, the oldest is
+	// dropped. asynq's scripts are told 10,000 and keep one less, whoever archives: a worker,
+	// its Inspector, asynqmon.
+	ArchiveLimit = 9_999
 	// ArchiveWarning is from how many jobs on an archive is called nearly full.
 	ArchiveWarning = 9_000
 	// statsDays is how long asynq keeps its figures of a day, 90 days, and a day on either

@@ -190,7 +190,7 @@ func printQueues(w *tabwriter.Writer, out *bytes.Buffer, s *admin.Status, paint 
 			fmt.Fprintln(out, paint(red, fmt.Sprintf("! %s: the key %s in Redis is no list of jobs; somebody has overwritten it: delete it", printable(q.Name), printable(key))))
 		}
 		if q.ArchiveNearlyFull {
-			fmt.Fprintln(out, paint(yellow, fmt.Sprintf("! the archive of %s holds %d jobs; beyond %d, asynq drops the oldest",
+			fmt.Fprintln(out, paint(yellow, fmt.Sprintf("! the archive of %s holds %d jobs; beyond %d, the oldest are dropped",
 				printable(q.Name), q.Archived, admin.ArchiveLimit)))
 		}
 	}

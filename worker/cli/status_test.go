@@ -306,7 +306,7 @@ func TestStatus_WarnsOfAnArchiveThatIsNearlyFull(t *testing.T) {
 	if text := archive(admin.ArchiveWarning - 1); strings.Contains(text, "! the archive") {
 		t.Errorf("with one job less:\n%s", text)
 	}
-	if text := archive(1); !strings.Contains(text, "\n! the archive of default holds 9000 jobs; beyond 10000, asynq drops the oldest\n") {
+	if text := archive(1); !strings.Contains(text, "\n! the archive of default holds 9000 jobs; beyond 9999, the oldest are dropped\n") {
 		t.Errorf("status:\n%s", text)
 	}
 }
