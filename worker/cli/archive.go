@@ -148,6 +148,13 @@ type archiveRetryCmd struct {
 	archiveSelection `embed:""`
 }
 
+// Help says what other tools do instead.
+func (*archiveRetryCmd) Help() string {
+	return `A job has all its tries again, and its unique key; it stays in the archive while another job holds that.
+The monitor's button Run does the same. That of an asynqmon of your own, and asynq's command line, go past both: the
+job runs beside the one that holds its key, and has the tries that were left, one at least.`
+}
+
 // Run puts the jobs back.
 func (c *archiveRetryCmd) Run(ctx context.Context, in *invocation) error {
 	return c.change(ctx, in, "put back on its queue", (*admin.Admin).Retry)
