@@ -73,6 +73,9 @@ var (
 // Validate returns what is wrong with the form of the fields.
 func (p Import) Validate() error {
 	u, err := url.Parse(p.Source)
+	if err != nil && strings.HasPrefix(strings.ToLower(p.Source), "file:") {
+		return errors.New("source: it can't be read as a URL; in a file's name write %25 for %")
+	}
 	if err != nil {
 		return errSource
 	}
@@ -84,6 +87,9 @@ func (p Import) Validate() error {
 	case "file":
 		if u.Host != "" || strings.Trim(u.Path, "/") == "" {
 			return errors.New("source: a file is named file:///path, with three slashes, below IMPORT_DIR")
+		}
+		if strings.ContainsAny(p.Source, "?#") {
+			return errors.New("source: in a file's name write %23 for # and %3F for ?")
 		}
 	default:
 		return errSource

