@@ -10,7 +10,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net/url"
 	"regexp"
 	"strings"
@@ -39,6 +38,9 @@ import (
 // the file lacks one, its default is taken. Values must fit the table's types as
 // soundly as those of a new table, for types outside the list above as Postgres
 // takes them. A table that doesn't exist is created.
+//
+// What could be meant in more than one way is refused, with the line; docs/imports.md
+// says what a file may look like.
 type Import struct {
 	// Source is the file's URL: https://…, http://…, or file:///… for a path below the
 	// worker's IMPORT_DIR.
@@ -48,6 +50,14 @@ type Import struct {
 	Table string `json:"table" doc:"the table, in the schema imports" example:"weather"`
 	// Mode is "replace" or "append".
 	Mode string `json:"mode" doc:"replace the table, or append to it" example:"replace"`
+	// Delimiter is what separates the fields: one ASCII character, and none of letters,
+	// digits, quote and line end. "" lets the file show whether it is the comma, the
+	// semicolon, the tab or the pipe: the header has one of them outside quotes, and every
+	// row agrees. A file that could be read in two ways is refused.
+	Delimiter string `json:"delimiter,omitempty" doc:"what separates the fields, one character; the file shows whether it is , ; tab or | if left out"`
+	// AllowEmpty takes a file that has a header and no rows. Otherwise such a file neither
+	// replaces nor makes a table.
+	AllowEmpty bool `json:"allow_empty,omitempty" doc:"take a file without rows, which otherwise neither replaces nor makes a table"`
 }
 
 // Kind returns "csv:import".
@@ -99,6 +109,9 @@ func (p Import) Validate() error {
 	}
 	if p.Mode != modeReplace && p.Mode != modeAppend {
 		return errors.New(`mode: must be "replace" or "append"`)
+	}
+	if p.Delimiter != "" && !isDelimiter(p.Delimiter) {
+		return errors.New(`delimiter: must be one ASCII character that is no letter, digit, quote or line end, such as "," or ";" or "\t"`)
 	}
 	return nil
 }
@@ -170,12 +183,15 @@ func (i Importer) Handle(ctx context.Context, job *tasks.Job, p Import) (Result,
 		// A progress that can't be shown is no reason to give the import up.
 		_ = job.Progress(ctx, progress{phase, rows, bytes})
 	}
-	inferred, err := src.infer(ctx, report)
+	inferred, err := src.infer(ctx, p.Delimiter, report)
+	if err == nil && p.Mode == modeReplace && inferred.rows == 0 && !p.AllowEmpty {
+		err = errNoRows
+	}
 	if err != nil {
 		return Result{}, fmt.Errorf("%s: %w", src.name, err)
 	}
 	result, err := tasks.Once(ctx, job, func(tx pgx.Tx) (Result, error) {
-		l := loader{src: src, sheet: inferred, table: p.Table, report: report}
+		l := loader{src: src, sheet: inferred, table: p.Table, allowEmpty: p.AllowEmpty, report: report}
 		return l.run(ctx, tx, p.Mode)
 	})
 	if err != nil {
@@ -184,72 +200,5 @@ func (i Importer) Handle(ctx context.Context, job *tasks.Job, p Import) (Result,
 	return result, nil
 }
 
-// sheet is what the first pass learns of a file.
-type sheet struct {
-	columns []inferredColumn
-	rows    int64
-	bytes   int64
-	sum     uint64
-}
-
-// reportRows is how many rows go by between two looks at the clock.
-const reportRows = 1000
-
-// infer reads the file once, to its end.
-func (s *source) infer(ctx context.Context, report func(phase string, rows, bytes int64)) (*sheet, error) {
-	r := newReader(ctx, s.first, s.seed)
-	header, err := r.next()
-	if errors.Is(err, io.EOF) {
-		return nil, fault(1, "the file is empty; its first line must name the columns")
-	}
-	if err != nil {
-		return nil, err
-	}
-	if len(header) > maxColumns {
-		return nil, fault(r.line, "%d columns, but Postgres allows a table %d", len(header), maxColumns)
-	}
-	for i, name := range header {
-		if err := r.checkText(i, name); err != nil {
-			return nil, err
-		}
-	}
-	found := &sheet{columns: make([]inferredColumn, len(header))}
-	for i, name := range columnNames(header) {
-		found.columns[i] = inferredColumn{name: name, fits: anyType}
-	}
-	for {
-		record, err := r.next()
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		if err != nil {
-			return nil, err
-		}
-		found.rows++
-		if found.rows%reportRows == 0 {
-			report("reading", found.rows, r.in.bytes)
-		}
-		for i, value := range record {
-			if value == "" {
-				continue
-			}
-			column := &found.columns[i]
-			column.used = true
-			var types typeSet
-			if column.fits != 0 {
-				types = typesOf(value)
-				if lost := column.fits &^ types; lost != 0 {
-					column.misfit(lost, r.fieldLine(i))
-				}
-			}
-			if types != 0 {
-				continue // it is ASCII
-			}
-			if err := r.checkText(i, value); err != nil {
-				return nil, err
-			}
-		}
-	}
-	found.bytes, found.sum = r.in.bytes, r.in.sum.Sum64()
-	return found, nil
-}
+// errNoRows is why a table is neither replaced nor made.
+var errNoRows = tasks.Permanent(errors.New(`the file has a header and no rows; the payload's "allow_empty" takes it all the same`))

@@ -25,10 +25,11 @@ import (
 
 // loader is the second pass, into the database.
 type loader struct {
-	src    *source
-	sheet  *sheet
-	table  string
-	report func(phase string, rows, bytes int64)
+	src        *source
+	sheet      *sheet
+	table      string
+	allowEmpty bool
+	report     func(phase string, rows, bytes int64)
 }
 
 // run brings the sheet into the table, within tx. It neither commits nor rolls
@@ -99,6 +100,9 @@ func (l *loader) append(ctx context.Context, tx pgx.Tx, columns []Column) ([]Col
 		}
 	}
 	if !exists {
+		if l.sheet.rows == 0 && !l.allowEmpty {
+			return nil, errNoRows
+		}
 		if err := createTable(ctx, tx, l.table, columns); err != nil {
 			return nil, err
 		}
@@ -230,7 +234,7 @@ func (l *loader) match(ctx context.Context, tx pgx.Tx) ([]Column, error) {
 // format: Postgres reads each value as it stands in the file, whatever the type of
 // the column, and nothing is allocated for it here.
 func (l *loader) copy(ctx context.Context, tx pgx.Tx, table string, columns []Column) error {
-	r, err := l.src.again(ctx)
+	r, err := l.src.again(ctx, l.sheet.delimiter)
 	if err != nil {
 		return err
 	}
@@ -442,7 +446,7 @@ func (l *loader) wordError(ctx context.Context, err error) error {
 
 // lineOf is the line on which the nth row begins, 0 if it can't be found.
 func (l *loader) lineOf(ctx context.Context, row int64) int {
-	r, err := l.src.again(ctx)
+	r, err := l.src.again(ctx, l.sheet.delimiter)
 	if err != nil {
 		return 0
 	}

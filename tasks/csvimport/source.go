@@ -1,11 +1,8 @@
 package csvimport
 
 import (
-	"bufio"
-	"bytes"
 	"cmp"
 	"context"
-	"encoding/csv"
 	"errors"
 	"fmt"
 	"hash/maphash"
@@ -18,7 +15,6 @@ import (
 	"strings"
 	"syscall"
 	"time"
-	"unicode/utf8"
 
 	"github.com/carpool-go/carpool/internal/pgtext"
 	"github.com/carpool-go/carpool/outbound"
@@ -257,176 +253,9 @@ func (s *stallReader) Read(p []byte) (int, error) {
 }
 
 // again returns a reader for another pass over the whole file.
-func (s *source) again(ctx context.Context) (*reader, error) {
+func (s *source) again(ctx context.Context, delimiter byte) (*reader, error) {
 	if _, err := s.file.Seek(0, io.SeekStart); err != nil {
 		return nil, fmt.Errorf("read it again: %w", err)
 	}
-	return newReader(ctx, s.file, s.seed), nil
-}
-
-const (
-	bufferSize = 64 << 10
-	// maxRecord bounds a record, in bytes, and with it what a quote that is
-	// never closed may take of the memory.
-	maxRecord = 8 << 20
-	// maxColumns is what Postgres allows a table (MaxHeapAttributeNumber).
-	maxColumns = 1600
-)
-
-var (
-	errRecordLong = fmt.Errorf("the record that begins here is longer than %d MiB; is a quote not closed?", maxRecord>>20)
-	errManyFields = fmt.Errorf("it has more fields than the %d columns that Postgres allows a table", maxColumns)
-)
-
-// reader reads the records of a CSV file as RFC 4180 has them. Empty lines
-// are skipped, and within quotes a CR before an LF is dropped, as encoding/csv
-// does.
-type reader struct {
-	csv   *csv.Reader
-	in    input
-	begun bool
-	line  int // the last that was read whole
-}
-
-func newReader(ctx context.Context, r io.Reader, seed maphash.Seed) *reader {
-	c := &reader{in: input{ctx: ctx, r: r}}
-	c.in.sum.SetSeed(seed)
-	return c
-}
-
-// next returns the next record, which is valid until the next call; io.EOF after
-// the last. An error in the content is permanent and names its line; any other
-// says after which line the source failed.
-func (r *reader) next() ([]string, error) {
-	r.in.newRecord()
-	if !r.begun {
-		r.begun = true
-		buf := bufio.NewReaderSize(&r.in, bufferSize)
-		if bom, _ := buf.Peek(3); string(bom) == "\uFEFF" {
-			_, _ = buf.Discard(3)
-		}
-		r.csv = csv.NewReader(buf) // which takes buf for its own buffer
-		r.csv.ReuseRecord = true
-	}
-	record, err := r.csv.Read()
-	if err == nil && r.in.err == nil {
-		last := len(record) - 1
-		line, _ := r.csv.FieldPos(last)
-		r.line = line + strings.Count(record[last], "\n")
-		return record, nil
-	}
-	switch {
-	case errors.Is(r.in.err, errRecordLong), errors.Is(r.in.err, errManyFields):
-		return nil, fault(r.line+1, "%w", r.in.err)
-	case r.in.err != nil:
-		// Before what the parser says of a record that was cut short by it.
-		return nil, fmt.Errorf("after line %d: %w", r.line, r.in.err)
-	case errors.Is(err, io.EOF):
-		return nil, io.EOF
-	}
-	e, ok := errors.AsType[*csv.ParseError](err)
-	switch {
-	case !ok:
-		return nil, fmt.Errorf("after line %d: %w", r.line, err)
-	case errors.Is(e.Err, csv.ErrFieldCount):
-		return nil, fault(e.Line, "%d fields, but the header has %d", len(record), r.csv.FieldsPerRecord)
-	case e.Line != e.StartLine:
-		return nil, fault(e.Line, "%w (in the record that begins on line %d)", e.Err, e.StartLine)
-	}
-	return nil, fault(e.Line, "%w", e.Err)
-}
-
-// fieldLine is the line on which field i of the last record begins.
-func (r *reader) fieldLine(i int) int {
-	line, _ := r.csv.FieldPos(i)
-	return line
-}
-
-// checkText reports what keeps field i of the last record from being text.
-func (r *reader) checkText(i int, s string) error {
-	if strings.IndexByte(s, 0) < 0 && utf8.ValidString(s) {
-		return nil
-	}
-	line := r.fieldLine(i)
-	for at, c := range s {
-		switch c {
-		case '\n':
-			line++
-		case 0:
-			return fault(line, "field %d has a NUL byte, which Postgres can't keep in text", i+1)
-		case utf8.RuneError:
-			if _, size := utf8.DecodeRuneInString(s[at:]); size == 1 {
-				return fault(line, "field %d is not UTF-8", i+1)
-			}
-		}
-	}
-	return nil
-}
-
-func fault(line int, format string, args ...any) error {
-	return tasks.Permanent(fmt.Errorf("line %d: %w", line, fmt.Errorf(format, args...)))
-}
-
-// input stands between the source and the parser, which has no bounds.
-type input struct {
-	ctx   context.Context
-	r     io.Reader
-	sum   maphash.Hash // of all bytes
-	bytes int64
-	// err is the first that is not io.EOF; next is one that came together with
-	// bytes, to be returned after those.
-	err, next error
-
-	quoted bool
-	// Since the last record was asked for. What the buffer reads ahead is counted
-	// to the record before, so both may be off by one buffer.
-	recordBytes, recordFields int
-}
-
-func (in *input) newRecord() { in.recordBytes, in.recordFields = 0, 0 }
-
-func (in *input) Read(p []byte) (int, error) {
-	if in.err == nil && in.ctx.Err() != nil {
-		in.err = context.Cause(in.ctx)
-	}
-	if in.err == nil {
-		in.err = in.next
-	}
-	if in.err != nil {
-		return 0, in.err
-	}
-	n, err := in.r.Read(p)
-	p = p[:n]
-	_, _ = in.sum.Write(p)
-	in.bytes += int64(n)
-	in.recordBytes += n
-	// Each comma outside quotes costs the parser 40 bytes, so that a line of
-	// nothing else must be stopped before it is parsed. Quotes come in pairs, or
-	// the parser refuses the record at the first that is alone.
-	if in.recordBytes > bufferSize {
-		for _, c := range p {
-			if c == '"' {
-				in.quoted = !in.quoted
-			} else if c == ',' && !in.quoted {
-				in.recordFields++
-			}
-		}
-	} else if bytes.Count(p, []byte{'"'})%2 == 1 {
-		in.quoted = !in.quoted
-	}
-	switch {
-	case in.recordFields > maxColumns+bufferSize:
-		in.err = errManyFields
-	case in.recordBytes > maxRecord+bufferSize:
-		in.err = errRecordLong
-	case err != nil && !errors.Is(err, io.EOF):
-		if n > 0 {
-			in.next = err
-			return n, nil
-		}
-		in.err = err
-	default:
-		return n, err
-	}
-	return n, in.err
+	return newReader(ctx, s.file, s.seed, delimiter), nil
 }
