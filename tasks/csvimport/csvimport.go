@@ -36,8 +36,9 @@ import (
 //
 // Appending adds rows to a table that has the file's columns, in any order; where
 // the file lacks one, its default is taken. Values must fit the table's types as
-// soundly as those of a new table, for types outside the list above as Postgres
-// takes them. A table that doesn't exist is created.
+// soundly as those of a new table: types outside the list above take what Postgres takes
+// for them, save what they would round or cut, or keep without its zone. A table that
+// doesn't exist is created.
 //
 // What could be meant in more than one way is refused, with the line; docs/imports.md
 // says what a file may look like.
@@ -58,6 +59,9 @@ type Import struct {
 	// AllowEmpty takes a file that has a header and no rows. Otherwise such a file neither
 	// replaces nor makes a table.
 	AllowEmpty bool `json:"allow_empty,omitempty" doc:"take a file without rows, which otherwise neither replaces nor makes a table"`
+	// AllowLoss appends values that the table's types keep only in part, as Postgres takes
+	// them: rounded, cut, without their zone. Otherwise they are refused.
+	AllowLoss bool `json:"allow_loss,omitempty" doc:"append values although the types of the table round or cut them"`
 }
 
 // Kind returns "csv:import".
@@ -191,7 +195,7 @@ func (i Importer) Handle(ctx context.Context, job *tasks.Job, p Import) (Result,
 		return Result{}, fmt.Errorf("%s: %w", src.name, err)
 	}
 	result, err := tasks.Once(ctx, job, func(tx pgx.Tx) (Result, error) {
-		l := loader{src: src, sheet: inferred, table: p.Table, allowEmpty: p.AllowEmpty, report: report}
+		l := loader{src: src, sheet: inferred, table: p.Table, allowEmpty: p.AllowEmpty, allowLoss: p.AllowLoss, report: report}
 		return l.run(ctx, tx, p.Mode)
 	})
 	if err != nil {

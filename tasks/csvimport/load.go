@@ -8,6 +8,7 @@ import (
 	"hash/maphash"
 	"io"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -25,11 +26,11 @@ import (
 
 // loader is the second pass, into the database.
 type loader struct {
-	src        *source
-	sheet      *sheet
-	table      string
-	allowEmpty bool
-	report     func(phase string, rows, bytes int64)
+	src                   *source
+	sheet                 *sheet
+	table                 string
+	allowEmpty, allowLoss bool
+	report                func(phase string, rows, bytes int64)
 }
 
 // run brings the sheet into the table, within tx. It neither commits nor rolls
@@ -68,7 +69,7 @@ func (l *loader) replace(ctx context.Context, tx pgx.Tx, columns []Column) error
 	if err := createTable(ctx, tx, fresh, columns); err != nil {
 		return err
 	}
-	if err := l.copy(ctx, tx, fresh, columns); err != nil {
+	if err := l.copy(ctx, tx, fresh, columns, nil); err != nil {
 		return err
 	}
 	l.report("exchanging", l.sheet.rows, l.sheet.bytes)
@@ -106,16 +107,17 @@ func (l *loader) append(ctx context.Context, tx pgx.Tx, columns []Column) ([]Col
 		if err := createTable(ctx, tx, l.table, columns); err != nil {
 			return nil, err
 		}
-		return columns, l.copy(ctx, tx, l.table, columns)
+		return columns, l.copy(ctx, tx, l.table, columns, nil)
 	}
 	// The lock that COPY takes, but before the columns are looked at.
 	if _, err := tx.Exec(ctx, "LOCK TABLE "+importsTable(l.table)+" IN ROW EXCLUSIVE MODE"); err != nil {
 		return nil, err
 	}
-	if columns, err = l.match(ctx, tx); err != nil {
+	columns, keepers, err := l.match(ctx, tx)
+	if err != nil {
 		return nil, err
 	}
-	return columns, l.copy(ctx, tx, l.table, columns)
+	return columns, l.copy(ctx, tx, l.table, columns, keepers)
 }
 
 func createTable(ctx context.Context, tx pgx.Tx, name string, columns []Column) error {
@@ -190,50 +192,101 @@ var fitting = map[uint32]typeSet{
 }
 
 // match finds the file's columns among the table's and checks that their values
-// fit.
-func (l *loader) match(ctx context.Context, tx pgx.Tx) ([]Column, error) {
-	rows, err := tx.Query(ctx, `
-		SELECT a.attname, coalesce(nullif(t.typbasetype, 0), t.oid), format_type(t.oid, a.atttypmod)
-		FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
-		WHERE a.attrelid = to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped
-		ORDER BY a.attnum`, importsTable(l.table))
+// fit, as far as the first pass has shown it. The keepers, some of them nil, are to be
+// asked of each value.
+func (l *loader) match(ctx context.Context, tx pgx.Tx) ([]Column, []keeper, error) {
+	attributes, err := l.attributes(ctx, tx)
 	if err != nil {
-		return nil, err
-	}
-	type attribute struct {
-		Name string
-		OID  uint32
-		Type string
-	}
-	attributes, err := pgx.CollectRows(rows, pgx.RowToStructByPos[attribute])
-	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	var names []string
 	byName := make(map[string]attribute)
+	moneyCents := false
 	for _, a := range attributes {
 		names = append(names, a.Name)
 		byName[a.Name] = a
+		if a.OID == moneyOID && !moneyCents { // the locale decides
+			if err := tx.QueryRow(ctx, "SELECT '1.25'::money::numeric = 1.25").Scan(&moneyCents); err != nil {
+				return nil, nil, err
+			}
+		}
 	}
 	columns := make([]Column, len(l.sheet.columns))
+	keepers := make([]keeper, len(columns))
 	for i := range l.sheet.columns {
 		c := &l.sheet.columns[i]
 		a, ok := byName[c.name]
 		if !ok {
-			return nil, tasks.Permanent(fmt.Errorf("imports.%s has no column %q; it has %s", l.table, c.name, strings.Join(names, ", ")))
+			return nil, nil, tasks.Permanent(fmt.Errorf("imports.%s has no column %q; it has %s", l.table, c.name, strings.Join(names, ", ")))
 		}
-		if want, ok := fitting[a.OID]; ok && c.used && c.fits&want == 0 {
-			return nil, fault(c.misfitLine(want), "column %q: the value is not what the %s of imports.%s can keep unchanged", c.name, a.Type, l.table)
+		columns[i] = Column{c.name, strings.Replace(a.Shown, "timestamp with time zone", "timestamptz", 1)}
+		if l.allowLoss {
+			continue
 		}
-		columns[i] = Column{c.name, strings.Replace(a.Type, "timestamp with time zone", "timestamptz", 1)}
+		if want, ok := fitting[a.OID]; ok && a.Path == "" {
+			if c.used && c.fits&want == 0 {
+				return nil, nil, l.notKept(c.misfitLine(want), c.name, a.Shown)
+			}
+			if want != double && want != timestamptz || a.OID == pgtype.Float8OID {
+				continue // there is no more to it
+			}
+		}
+		keepers[i] = keeperOf(a.columnType, moneyCents)
 	}
-	return columns, nil
+	return columns, keepers, nil
+}
+
+// attribute is a column of the table.
+type attribute struct {
+	Name  string
+	Shown string // the type, as SQL has it
+	columnType
+}
+
+// attributes are the columns of the table in its order, with what their types come to
+// behind domains, arrays and ranges.
+func (l *loader) attributes(ctx context.Context, tx pgx.Tx) ([]attribute, error) {
+	rows, err := tx.Query(ctx, `
+		WITH RECURSIVE step AS (
+			SELECT attnum, atttypid AS type, atttypmod AS typmod, '' AS path, 0 AS depth
+			FROM pg_attribute
+			WHERE attrelid = to_regclass($1) AND attnum > 0 AND NOT attisdropped
+			UNION ALL
+			SELECT s.attnum, inner_type.type, inner_type.typmod, s.path || inner_type.kind, s.depth + 1
+			FROM step s
+			JOIN pg_type t ON t.oid = s.type
+			CROSS JOIN LATERAL (
+				SELECT t.typbasetype, t.typtypmod, '' WHERE t.typtype = 'd'
+				UNION ALL
+				SELECT t.typelem, s.typmod, 'a' FROM pg_type e WHERE e.oid = t.typelem AND e.typarray = t.oid
+				UNION ALL -- there is no rngmultitypid before Postgres 14
+				SELECT r.rngsubtype, -1, t.typtype::text FROM pg_range r
+				WHERE t.oid IN (r.rngtypid, (to_jsonb(r) ->> 'rngmultitypid')::oid)
+			) AS inner_type(type, typmod, kind)
+		)
+		SELECT DISTINCT ON (s.attnum) a.attname, format_type(a.atttypid, a.atttypmod), s.type, s.typmod, t.typtype = 'c', s.path
+		FROM step s
+		JOIN pg_attribute a ON a.attrelid = to_regclass($1) AND a.attnum = s.attnum
+		JOIN pg_type t ON t.oid = s.type
+		ORDER BY s.attnum, s.depth DESC`, importsTable(l.table))
+	if err != nil {
+		return nil, err
+	}
+	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (a attribute, err error) {
+		return a, row.Scan(&a.Name, &a.Shown, &a.OID, &a.Typmod, &a.Composite, &a.Path)
+	})
+}
+
+// notKept is the error of a value that a column would keep only in part.
+func (l *loader) notKept(line int, column, typ string) error {
+	return fault(line, "column %q: the value is not what the %s of imports.%s can keep unchanged; the payload's \"allow_loss\" takes it as Postgres does", column, typ, l.table)
 }
 
 // copy streams the file's rows into a table. They travel as text, in COPY's own
 // format: Postgres reads each value as it stands in the file, whatever the type of
-// the column, and nothing is allocated for it here.
-func (l *loader) copy(ctx context.Context, tx pgx.Tx, table string, columns []Column) error {
+// the column, and nothing is allocated for it here. keepers are those of the columns, or
+// nil.
+func (l *loader) copy(ctx context.Context, tx pgx.Tx, table string, columns []Column, keepers []keeper) error {
 	r, err := l.src.again(ctx, l.sheet.delimiter)
 	if err != nil {
 		return err
@@ -242,7 +295,12 @@ func (l *loader) copy(ctx context.Context, tx pgx.Tx, table string, columns []Co
 	for i, c := range columns {
 		names[i] = c.Name
 	}
-	rows := &rowReader{csv: r, report: l.report}
+	rows := &rowReader{csv: r, report: l.report, lost: func(i int) error {
+		return l.notKept(r.fieldLine(i), columns[i].Name, columns[i].Type)
+	}}
+	if slices.ContainsFunc(keepers, func(k keeper) bool { return k != nil }) {
+		rows.keepers = keepers
+	}
 	err = copyText(ctx, tx.Conn(), pgx.Identifier{"imports", table}, names, rows)
 	if failed := rows.stop(); failed != nil {
 		err = failed // what Postgres says then is only that the copy was given up
@@ -293,6 +351,8 @@ type rowReader struct {
 	mu      sync.Mutex // CopyFrom may return while its goroutine still reads
 	stopped bool
 	csv     *reader
+	keepers []keeper // of the columns, some nil; nil if there are none
+	lost    func(field int) error
 	report  func(phase string, rows, bytes int64)
 	begun   bool
 	buf     []byte // encoded, from at on not yet read
@@ -353,6 +413,10 @@ func (r *rowReader) encodeNext() {
 		if value == "" {
 			r.buf = append(r.buf, `\N`...)
 		} else {
+			if r.keepers != nil && r.keepers[i] != nil && !r.keepers[i](value) {
+				r.err = r.lost(i)
+				return
+			}
 			r.buf = appendCopyText(r.buf, value)
 		}
 	}

@@ -667,7 +667,7 @@ func TestEnqueue_WrongUseIsOneClearMessageAndExitCode2(t *testing.T) {
 	}{
 		{[]string{"csv:imprt", "{}"}, `unknown kind "csv:imprt": this program knows carpool:prune, csv:import, pool:validate`},
 		{[]string{"csv:import", `{"source":"https://example.com/x.csv"`}, "csv:import payload: it is cut off"},
-		{[]string{"csv:import", `{"tabel":"x"}`}, `unknown field "tabel": the fields are source, table, mode, delimiter, allow_empty; for example: worker enqueue csv:import '{"source"`},
+		{[]string{"csv:import", `{"tabel":"x"}`}, `unknown field "tabel": the fields are source, table, mode, delimiter, allow_empty, allow_loss; for example: worker enqueue csv:import '{"source"`},
 		{[]string{"pool:validate"}, "json"},
 		{[]string{"pool:validate", "{}", "--in", "soon"}, "--in"},
 		{[]string{"pool:validate", "{}", "--in=-1s"}, "has passed"},
