@@ -30,12 +30,14 @@ var signatures = []struct{ begins, what string }{
 	{"version https://git-lfs.github.com/spec/", "a pointer of Git LFS; the content is in the LFS store"},
 }
 
-// markup and jsonText are matched after white space. A header whose first name begins with
-// < or { or [ as these do can have it in quotes.
+// markup and jsonText are matched after white space.
 var (
 	markup   = regexp.MustCompile(`^<([!?]|/?[A-Za-z])`)
 	jsonText = regexp.MustCompile(`^(\{\s*["}]|\[\s*["{\[\]]|[\[{]\s*[\r\n])`)
 )
+
+// orQuoted is the way out for a header that begins as these do.
+const orQuoted = "; if it is CSV, its first name must be in quotes"
 
 // foreign says what a file is, by its first bytes, if it is nothing that holds CSV in UTF-8.
 // It returns "" for everything it doesn't know.
@@ -48,9 +50,9 @@ func foreign(head []byte) string {
 	text := bytes.TrimLeft(head, " \t\r\n")
 	switch {
 	case markup.Match(text):
-		return "HTML or XML"
+		return "HTML or XML" + orQuoted
 	case jsonText.Match(text):
-		return "JSON"
+		return "JSON" + orQuoted
 	case len(head) >= 4 && (head[0] == 0) != (head[1] == 0) && (head[0] == 0) == (head[2] == 0) && (head[1] == 0) == (head[3] == 0):
 		return "UTF-16 without a byte order mark; save it as UTF-8"
 	}

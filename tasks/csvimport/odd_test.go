@@ -21,7 +21,40 @@ type oddFile struct {
 
 func TestImport_OddFiles(t *testing.T) {
 	t.Parallel()
-	for subject, files := range map[string][]oddFile{
+	for subject, files := range oddFiles() {
+		t.Run(subject, func(t *testing.T) {
+			t.Parallel()
+			i := newImports(t)
+			for _, file := range files {
+				t.Run(file.name, func(t *testing.T) { i.checkOdd(t, file) })
+			}
+		})
+	}
+}
+
+// checkOdd imports a file in the place of a table, which stays if the file is refused.
+func (i *imports) checkOdd(t *testing.T, file oddFile) {
+	i.exec(t, "DROP TABLE IF EXISTS imports.t")
+	i.exec(t, "CREATE TABLE imports.t AS SELECT 'good' AS old")
+	before := i.table(t)
+	result, err := i.runWith(t, csvimport.Import{Mode: "replace", Delimiter: file.delimiter, AllowEmpty: file.allowEmpty}, file.content)
+	if file.error != "" {
+		if err == nil || err.Error() != "file:///t.csv: "+file.error || !tasks.IsPermanent(err) {
+			t.Errorf("error %v, permanent %t; want a permanent one:\nfile:///t.csv: %s", err, tasks.IsPermanent(err), file.error)
+		}
+		want(t, "table", i.table(t), before)
+		return
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := append([]string{types(result)}, i.rows(t, "SELECT * FROM imports.t ORDER BY ctid")...)
+	want(t, "table", got, file.wanted)
+}
+
+// oddFiles are files by what is odd about them.
+func oddFiles() map[string][]oddFile {
+	return map[string][]oddFile{
 		"line ends": {
 			{name: "LF", content: "a,b\n1,x\n2,y\n", wanted: []string{"a bigint, b text", "1|x", "2|y"}},
 			{name: "CR LF", content: "a,b\r\n1,x\r\n2,y\r\n", wanted: []string{"a bigint, b text", "1|x", "2|y"}},
@@ -94,6 +127,10 @@ func TestImport_OddFiles(t *testing.T) {
 			{name: "typographic", content: "a,b\n1,“x”\n", wanted: []string{"a bigint, b text", "1|“x”"}},
 			{name: "backslashes are data", content: "a,b\n\\N,C:\\new\\t\n\\.,\\\\\n", wanted: []string{"a text, b text", "\\N|C:\\new\\t", "\\.|\\\\"}},
 			{name: "the end of COPY's data is data", content: "a\n\\.\nx\n", wanted: []string{"a text", "\\.", "x"}},
+			{name: "a backslash before the last", content: "a,b\n1,\"C:\\dir\\\"\n", wanted: []string{"a bigint, b text", "1|C:\\dir\\"}},
+			{name: "too many", content: "a,b\n1,\"\"x\"\"\n", error: "line 2: text after a field's closing quote; a quote within a field is written twice"},
+			{name: "apostrophes", content: "a,b\nthe 'x' of y,it's\n", wanted: []string{"a text, b text", "the 'x' of y|it's"}},
+			{name: "around much", content: "a,b\n1,\"" + strings.Repeat("x,\n", 50_000) + "\"\n", wanted: []string{"a bigint, b text", "1|" + strings.Repeat("x,\n", 50_000)}},
 			{name: "blanks stay", content: "a,b\n1, x \n2,\" y \"\n", wanted: []string{"a bigint, b text", "1| x ", "2| y "}},
 		},
 		"delimiters": {
@@ -126,18 +163,19 @@ func TestImport_OddFiles(t *testing.T) {
 			{name: "one column and a comma", content: "note\nx\ny, z\n", error: "line 3: 2 fields, but the header has 1"},
 			{name: "one column and a semicolon, the payload's", content: "note\nx\ny; z\n", delimiter: ",", wanted: []string{"note text", "x", "y; z"}},
 			{name: "one column and a semicolon in quotes", content: "note\nx\n\"y; z\"\n", wanted: []string{"note text", "x", "y; z"}},
+			{name: "after a backslash", content: "a|b\n1|x \\| y\n", error: `line 2: 3 fields, but the header has 2, separated by "|" as it shows; the payload's "delimiter" can say otherwise`},
 			{name: "a title above", content: "Report of 2024\n\na;b;c\n1;2;3\n", error: `line 3: ";" outside quotes, but the header names one column; the payload's "delimiter" can say that it separates fields, or that something else does, such as ","`},
 			{name: "a title above, commas", content: "Report of 2024\n\na,b,c\n1,2,3\n", error: "line 3: 3 fields, but the header has 1"},
 			{name: "a line of dashes below the header", content: "a | b\n--+--\n1 | x\n", error: `line 2: 1 fields, but the header has 2, separated by "|" as it shows; the payload's "delimiter" can say otherwise`},
 		},
 		"what is no CSV": {
-			{name: "HTML", content: "<!DOCTYPE html>\n<html><body>Please sign in</body></html>\n", error: "line 1: the file is no CSV, but looks like HTML or XML"},
-			{name: "HTML after blanks and a BOM", content: "\uFEFF\r\n  <HTML>\n", error: "line 1: the file is no CSV, but looks like HTML or XML"},
-			{name: "XML", content: "<?xml version=\"1.0\"?>\n<Error><Code>AccessDenied</Code></Error>\n", error: "line 1: the file is no CSV, but looks like HTML or XML"},
-			{name: "JSON", content: "{\"error\": \"no such file\"}\n", error: "line 1: the file is no CSV, but looks like JSON"},
-			{name: "JSON, indented", content: "{\n  \"a\": 1\n}\n", error: "line 1: the file is no CSV, but looks like JSON"},
-			{name: "an array", content: "[{\"a\": 1}]\n", error: "line 1: the file is no CSV, but looks like JSON"},
-			{name: "an empty array", content: "[]", error: "line 1: the file is no CSV, but looks like JSON"},
+			{name: "HTML", content: "<!DOCTYPE html>\n<html><body>Please sign in</body></html>\n", error: "line 1: the file is no CSV, but looks like HTML or XML; if it is CSV, its first name must be in quotes"},
+			{name: "HTML after blanks and a BOM", content: "\uFEFF\r\n  <HTML>\n", error: "line 1: the file is no CSV, but looks like HTML or XML; if it is CSV, its first name must be in quotes"},
+			{name: "XML", content: "<?xml version=\"1.0\"?>\n<Error><Code>AccessDenied</Code></Error>\n", error: "line 1: the file is no CSV, but looks like HTML or XML; if it is CSV, its first name must be in quotes"},
+			{name: "JSON", content: "{\"error\": \"no such file\"}\n", error: "line 1: the file is no CSV, but looks like JSON; if it is CSV, its first name must be in quotes"},
+			{name: "JSON, indented", content: "{\n  \"a\": 1\n}\n", error: "line 1: the file is no CSV, but looks like JSON; if it is CSV, its first name must be in quotes"},
+			{name: "an array", content: "[{\"a\": 1}]\n", error: "line 1: the file is no CSV, but looks like JSON; if it is CSV, its first name must be in quotes"},
+			{name: "an empty array", content: "[]", error: "line 1: the file is no CSV, but looks like JSON; if it is CSV, its first name must be in quotes"},
 			{name: "XLSX", content: "PK\x03\x04\x14\x00", error: "line 1: the file is no CSV, but looks like a ZIP archive or an XLSX or ODS workbook; unpack it, or save the sheet as CSV"},
 			{name: "XLS", content: "\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1\x00", error: "line 1: the file is no CSV, but looks like an XLS workbook; save the sheet as CSV"},
 			{name: "gzip", content: "\x1f\x8b\x08\x00", error: "line 1: the file is no CSV, but looks like gzip; unpack it"},
@@ -145,6 +183,7 @@ func TestImport_OddFiles(t *testing.T) {
 			{name: "Parquet", content: "PAR1\x15\x04", error: "line 1: the file is no CSV, but looks like Parquet"},
 			{name: "a pointer of Git LFS", content: "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", error: "line 1: the file is no CSV, but looks like a pointer of Git LFS; the content is in the LFS store"},
 			{name: "names with < in a header", content: "< 5 um,\"<b>\",<=9\n1,2,3\n", wanted: []string{"_5_um bigint, b bigint, _9 bigint", "1|2|3"}},
+			{name: "names like markup, in quotes", content: "\"<a>\",\"{\"\"b\"\"}\"\n1,x\n", wanted: []string{"a bigint, b text", "1|x"}},
 			{name: "names in brackets", content: "[id],{name}\n1,x\n", wanted: []string{"id bigint, name text", "1|x"}},
 			{name: "names like signatures", content: "BM,PK,GIF\n1,2,3\n", wanted: []string{"bm bigint, pk bigint, gif bigint", "1|2|3"}},
 			{name: "markup in a field", content: "a,b\n1,<b>x</b>\n", wanted: []string{"a bigint, b text", "1|<b>x</b>"}},
@@ -178,6 +217,7 @@ func TestImport_OddFiles(t *testing.T) {
 			{name: "a comma at the end of each row, not of the header", content: "a,b\n1,x,\n", error: "line 2: 3 fields, but the header has 2"},
 			{name: "a comma at the end of each line", content: "a,b,\n1,x,\n", wanted: []string{"a bigint, b text, column_3 text", "1|x|NULL"}},
 			{name: "a comma at the end of the header", content: "a,b,\n1,x\n", error: "line 2: 2 fields, but the header has 3"},
+			{name: "a comma at the end of the first row alone", content: "a,b\n1,x,\n2,y\n", error: "line 2: 3 fields, but the header has 2"},
 			{name: "an index without a name", content: ",a\n0,x\n1,y\n", wanted: []string{"column_1 bigint, a text", "0|x", "1|y"}},
 			{name: "a total below", content: "a,b\n1,x\nTotal: 1\n", error: "line 3: 1 fields, but the header has 2"},
 			{name: "cut amid a row", content: "a,b,c\n1,x,y\n2,", error: "line 3: 2 fields, but the header has 3"},
@@ -203,33 +243,5 @@ func TestImport_OddFiles(t *testing.T) {
 			{name: "the last row decides", content: "a\n" + strings.Repeat("1\n", 3000) + "x\n", wanted: append(append([]string{"a text"}, strings.Split(strings.TrimSuffix(strings.Repeat("1\n", 3000), "\n"), "\n")...), "x")},
 			{name: "files put together, headers and all", content: "a,b\n1,x\na,b\n2,y\n", wanted: []string{"a text, b text", "1|x", "a|b", "2|y"}},
 		},
-	} {
-		t.Run(subject, func(t *testing.T) {
-			t.Parallel()
-			i := newImports(t)
-			for _, file := range files {
-				t.Run(file.name, func(t *testing.T) { i.checkOdd(t, file) })
-			}
-		})
 	}
-}
-
-// checkOdd imports a file in the place of a table, which stays if the file is refused.
-func (i *imports) checkOdd(t *testing.T, file oddFile) {
-	i.exec(t, "DROP TABLE IF EXISTS imports.t")
-	i.exec(t, "CREATE TABLE imports.t AS SELECT 'good' AS old")
-	before := i.table(t)
-	result, err := i.runWith(t, csvimport.Import{Mode: "replace", Delimiter: file.delimiter, AllowEmpty: file.allowEmpty}, file.content)
-	if file.error != "" {
-		if err == nil || err.Error() != "file:///t.csv: "+file.error || !tasks.IsPermanent(err) {
-			t.Errorf("error %v, permanent %t; want a permanent one:\nfile:///t.csv: %s", err, tasks.IsPermanent(err), file.error)
-		}
-		want(t, "table", i.table(t), before)
-		return
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	got := append([]string{types(result)}, i.rows(t, "SELECT * FROM imports.t ORDER BY ctid")...)
-	want(t, "table", got, file.wanted)
 }

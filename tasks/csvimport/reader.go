@@ -331,8 +331,8 @@ func (r *reader) endLine() error {
 			n = 2
 		case string(next) == "\r\r\n":
 			n = 3
-		case r.at+len(next) == r.end && r.in.err != nil:
-			return r.ended()
+		case len(next) < 3 && len(bytes.Trim(next, "\r")) == 0 && r.in.err != nil:
+			return r.ended() // what comes next would decide
 		case len(next) == 1 && r.lineEnds == lf: // half of CR LF, where the file ends
 		default:
 			ends = cr

@@ -97,6 +97,8 @@ func TestReader_AFailureComesAfterTheRecordsThatWereReadBefore(t *testing.T) {
 		io.MultiReader(strings.NewReader("a\n1\n2\n\"3"), iotest.ErrReader(away)),
 		iotest.OneByteReader(io.MultiReader(strings.NewReader("a\n1\n2\n3"), iotest.ErrReader(away))),
 		&bytesAndError{[]byte("a\n1\n2\n3"), away},
+		io.MultiReader(strings.NewReader("a\r1\r2\r3"), iotest.ErrReader(away)),
+		io.MultiReader(strings.NewReader("a\r\n1\r\n2\r\n\"3\""), iotest.ErrReader(away)),
 	} {
 		r := newReader(t.Context(), in, maphash.MakeSeed(), ',')
 		var read []string
