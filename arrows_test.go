@@ -14,7 +14,7 @@ const module = "github.com/carpool-go/carpool/"
 
 // facts are the packages that each know one fact, so that no other has to. They know
 // dbpool and one another, and nothing of jobs.
-const facts = "internal/asynqwire internal/instance internal/limit internal/once internal/outbox internal/pgtext internal/prune " +
+const facts = "internal/asynqwire internal/httplimit internal/instance internal/limit internal/once internal/outbox internal/pgtext internal/prune " +
 	"internal/reason internal/schema internal/sentinel internal/sqlstate internal/startup internal/unique internal/wait"
 
 // arrows says which of carpool's own packages each one may import, apart from its tests.
@@ -23,13 +23,14 @@ func arrows() map[string]string {
 	allowed := map[string]string{
 		"cmd/worker": "worker/cli tasks/builtin",
 		"worker/cli": "worker admin monitor scheduler tasks outbound dbpool " + facts,
-		"worker": "worker/internal/delivery worker/internal/relay worker/internal/fleet " +
+		"worker": "worker/internal/delivery worker/internal/relay worker/internal/fleet worker/internal/health " +
 			"admin scheduler tasks tasks/maintenance outbound dbpool " + facts,
 
 		// The inner rooms don't import one another.
 		"worker/internal/delivery": "tasks dbpool " + facts,
 		"worker/internal/relay":    "tasks dbpool " + facts,
 		"worker/internal/fleet":    "admin dbpool " + facts,
+		"worker/internal/health":   facts,
 
 		"monitor":   "admin tasks " + facts,
 		"admin":     "tasks dbpool " + facts,

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"net"
 	"slices"
 	"strings"
 	"time"
@@ -57,6 +58,10 @@ type Config struct {
 	// OutboundAllow are addresses that jobs may call although they are not public, as
 	// [outbound.New] takes them; "" is none.
 	OutboundAllow string
+	// HealthAddr is where /livez and /readyz are served while the worker starts, runs and
+	// stops, as host:port; "" is nowhere. /livez is answered with 200; /readyz with 200 while
+	// both servers answer and jobs are fetched, and else with 503.
+	HealthAddr string
 	// Burst has the worker work off what is queued and due, and then stop.
 	Burst bool
 	// Name begins the name of the instance, which a random part makes unique; "" is the
@@ -164,6 +169,9 @@ func (c Config) Validate() error {
 	}
 	if c.MaxPayload < LeastMaxPayload || c.MaxPayload > MostMaxPayload {
 		add("MaxPayload: %d is not from %d to %d bytes", c.MaxPayload, LeastMaxPayload, MostMaxPayload)
+	}
+	if _, _, err := net.SplitHostPort(c.HealthAddr); c.HealthAddr != "" && err != nil {
+		add("HealthAddr: %q is not host:port", c.HealthAddr)
 	}
 	if _, err := outbound.New(c.OutboundAllow); err != nil {
 		add("OutboundAllow: %w", err)

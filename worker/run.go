@@ -47,6 +47,11 @@ func Run(ctx context.Context, c Config) error {
 	log := c.Logger
 	running, stopped := context.WithCancelCause(ctx)
 	defer stopped(nil)
+	well, err := listenHealth(c.HealthAddr, log) // first, so that it tells of the start
+	if err != nil {
+		return err
+	}
+	defer well.Close()
 	guard, err := outbound.New(c.OutboundAllow)
 	if err != nil {
 		return err
@@ -72,12 +77,14 @@ func Run(ctx context.Context, c Config) error {
 	}
 	defer db.Close()
 	if err := startup.Wait(ctx, c.StartupTimeout, log,
-		startup.Server{Variable: "REDIS_URL", URL: c.RedisURL, Check: func(ctx context.Context) error { return checkRedis(ctx, rdb) }},
-		startup.Server{Variable: "DATABASE_URL", URL: c.Pool.URL, Check: db.Ping},
-		startup.Server{Variable: "DATABASE_URL", URL: c.Pool.URL, Check: func(ctx context.Context) error { return schema.Check(ctx, db) }},
+		startup.Server{Variable: "REDIS_URL", URL: c.RedisURL, Check: well.awaiting("Redis", func(ctx context.Context) error { return checkRedis(ctx, rdb) })},
+		startup.Server{Variable: "DATABASE_URL", URL: c.Pool.URL, Check: well.awaiting("the database", db.Ping)},
+		startup.Server{Variable: "DATABASE_URL", URL: c.Pool.URL, Check: well.awaiting("carpool's tables in the database, which the command migrate makes",
+			func(ctx context.Context) error { return schema.Check(ctx, db) })},
 	); err != nil {
 		return err
 	}
+	well.notReady("it starts")
 	warnOfEviction(ctx, rdb, log)
 	warnOfBudget(ctx, db, log)
 
@@ -155,6 +162,8 @@ func Run(ctx context.Context, c Config) error {
 	}
 	defer stop(parts)
 	defer stopped(nil) // first, so that the groups know
+	well.ready(rdb, jobs)
+	defer well.notReady("it stops")
 	log.Info("worker started", "version", c.Version, "instance", name,
 		"queues", self.Weights(), "concurrency", c.Concurrency,
 		"pool_size", c.Pool.Size, "max_overflow", c.Pool.MaxOverflow)

@@ -107,7 +107,7 @@ func TestConfig_ValidateNamesEveryFaultAndNoSecret(t *testing.T) {
 			{Name: "never", Cron: "x", Payload: prune},
 			{Name: "large", Cron: "@daily", Payload: rowsprune.Prune{Table: "a." + strings.Repeat("x", 50), Column: "c", OlderThan: "1d"}},
 		},
-		Concurrency: 10_001, ValidateEvery: time.Millisecond, MaxPayload: 64, OutboundAllow: "10.0.0.0/99",
+		Concurrency: 10_001, ValidateEvery: time.Millisecond, MaxPayload: 64, OutboundAllow: "10.0.0.0/99", HealthAddr: "8081",
 	}
 	err := cfg.Validate()
 	if err == nil {
@@ -118,7 +118,7 @@ func TestConfig_ValidateNamesEveryFaultAndNoSecret(t *testing.T) {
 		"RedisURL: ", "Pool: ", `Groups: tasks: Register: kind "order:book" is registered twice`,
 		`Schedules: entry "carpool-prune": name: there are two of it`, `Schedules: entry "twice": name: there are two of it`,
 		`Schedules: entry "never": `, `Queues: "a b" is no queue's name`, `Queues: "instance-x": names that begin with instance-`,
-		`Queues: "low" has the weight 1001`, "Concurrency: 10001 is not", "ValidateEvery: 1ms is less", "OutboundAllow: ",
+		`Queues: "low" has the weight 1001`, "Concurrency: 10001 is not", "ValidateEvery: 1ms is less", "OutboundAllow: ", `HealthAddr: "8081" is not host:port`,
 		"MaxPayload: 64 is not from 1024 to 16777216 bytes", `Schedules: entry "large": payload: `,
 	} {
 		if !strings.Contains(text, "\n"+want) && !strings.HasPrefix(text, want) {

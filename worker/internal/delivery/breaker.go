@@ -179,6 +179,50 @@ func (b *Breaker) probe() {
 	}
 }
 
+// errNoWrites is why a database that answers is of no use.
+var errNoWrites = errors.New("it takes no writes")
+
+// fullPatience is how long [Breaker.Check] waits for a connection when jobs have them all.
+const fullPatience = 500 * time.Millisecond
+
+// Check reports how the database is: fault is "" if jobs can use it, and else says in words
+// without a name or an address what is wrong with it, of which err tells more. It takes a
+// connection for the time of one answer. When jobs have them all it waits in line for a
+// moment, and then takes the database for well: jobs that hold connections for long and a
+// server that has fallen silent can't be told apart, until the jobs' statements fail and
+// open the breaker.
+func (b *Breaker) Check(ctx context.Context) (fault string, err error) {
+	b.mu.Lock()
+	away, blocked := b.away != nil, b.blocked
+	b.mu.Unlock()
+	switch {
+	case away:
+		return "it is away; jobs that need it wait", nil
+	case blocked != nil:
+		return "it answers, but transactional jobs can't begin; the log says why", blocked
+	}
+	full := b.allLent()
+	if full {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, fullPatience)
+		defer cancel()
+	}
+	switch err := b.answers(ctx); {
+	case err == nil || full && b.allLent():
+		return "", nil
+	case errors.Is(err, errNoWrites):
+		return "it answers, but " + errNoWrites.Error(), nil
+	default:
+		return "it does not answer; the log says why", err
+	}
+}
+
+// allLent reports whether jobs have all the connections that the pool may open.
+func (b *Breaker) allLent() bool {
+	cfg := b.db.Config()
+	return b.db.Stats().CheckedOut >= cfg.Size+cfg.MaxOverflow
+}
+
 // answers returns nil if the database answers, in a short time, that it takes
 // writes.
 func (b *Breaker) answers(ctx context.Context) error {
@@ -187,7 +231,7 @@ func (b *Breaker) answers(ctx context.Context) error {
 	var readOnly bool
 	err := b.db.QueryRow(ctx, "SELECT current_setting('transaction_read_only')::bool").Scan(&readOnly)
 	if err == nil && readOnly {
-		return errors.New("it takes no writes")
+		return errNoWrites
 	}
 	return err
 }

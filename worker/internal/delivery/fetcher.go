@@ -32,6 +32,8 @@ type fetcher struct {
 	leave   map[string]time.Time // kinds that are left to other workers, until then
 	stopped bool
 	stop    chan struct{}
+	failed  int       // fetches in a row that had no answer, or a wrong one
+	moved   time.Time // when there was a sign of fetching last, or all slots were busy
 
 	woken chan struct{}
 	// Of the goroutine that asks:
@@ -65,6 +67,12 @@ const (
 	// passedCheck is how often it asks, more or less, for a queue whose jobs are left to
 	// other workers.
 	passedCheck = 300 * time.Millisecond
+	// failedFetches is how many fetches in a row must fail before the worker counts as one
+	// that fetches no jobs: a single answer may be lost.
+	failedFetches = 2
+	// stillAfter is how long there may be no sign of fetching while slots are free. A fetch
+	// is made once in askTime at least, and may be made again.
+	stillAfter = 2 * askTime
 	// leaveFor is how long a kind is left to other workers before one of its jobs is looked
 	// at again.
 	leaveFor = time.Minute
@@ -78,7 +86,7 @@ func newFetcher(cfg Config, queues map[string]int, slots int, h *held, e *ends) 
 	f := &fetcher{
 		rdb: cfg.ServersRedis, held: h, ends: e, log: cfg.Log, wheel: newWheel(queues), slots: slots,
 		looks: make(map[string]*look), leave: make(map[string]time.Time),
-		stop: make(chan struct{}), woken: make(chan struct{}, 1),
+		stop: make(chan struct{}), woken: make(chan struct{}, 1), moved: time.Now(),
 	}
 	for _, queue := range f.wheel.queues {
 		if len(f.looks) < maxLooks {
@@ -130,6 +138,7 @@ func (f *fetcher) pop() *heldJob {
 	job := f.buffer[0]
 	f.buffer = f.buffer[1:]
 	f.running++
+	f.moved = time.Now()
 	return job
 }
 
@@ -137,6 +146,9 @@ func (f *fetcher) pop() *heldJob {
 func (f *fetcher) free() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if f.running >= f.slots {
+		f.moved = time.Now()
+	}
 	f.running--
 }
 
@@ -194,6 +206,7 @@ func (f *fetcher) fetch(fetch asynqwire.Fetch) (asynqwire.Fetching, error) {
 	} else {
 		f.repeats = 0
 	}
+	f.noteAnswer(err == nil)
 	if !answer.Time.IsZero() {
 		f.clock, f.clockKnown = time.Until(answer.Time), true
 	}
@@ -270,6 +283,32 @@ func (f *fetcher) idle(last asynqwire.Fetching, most time.Duration) {
 		f.vain = 0
 	case <-f.stop:
 	}
+}
+
+// noteAnswer notes whether a fetch had an answer.
+func (f *fetcher) noteAnswer(answered bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !answered {
+		f.failed++
+		return
+	}
+	f.failed, f.moved = 0, time.Now()
+}
+
+// fault says in words why no jobs are fetched, "" if they are, or all slots are busy.
+func (f *fetcher) fault() string {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	switch {
+	case f.stopped:
+		return "no more jobs are fetched: the worker stops"
+	case f.failed >= failedFetches:
+		return "Redis does not answer fetches; the log says more"
+	case f.running < f.slots && time.Since(f.moved) > stillAfter:
+		return "no fetch was made in " + stillAfter.String() + ", although slots are free"
+	}
+	return ""
 }
 
 // rest waits for a while, unless the fetcher is stopped.

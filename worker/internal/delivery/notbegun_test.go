@@ -154,6 +154,9 @@ func TestExecutor_WhatOnlyAGrantCanMendWaitsForMinutesAndIsNamed(t *testing.T) {
 	if why := f.breaker.Blocked(); !strings.Contains(why, "42501") {
 		t.Errorf("why jobs can't begin is %q", why)
 	}
+	if fault, err := f.breaker.Check(t.Context()); fault != "it answers, but transactional jobs can't begin; the log says why" || err == nil {
+		t.Errorf("a check says %q, error %v", fault, err)
+	}
 	f.breaker.unblock()
 	if why := f.breaker.Blocked(); why != "" {
 		t.Errorf("after a job has ended well it is %q", why)

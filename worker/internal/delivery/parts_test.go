@@ -45,3 +45,29 @@ func TestDelivery_ItsPartsMayBeStoppedTwiceAndWithoutStart(t *testing.T) {
 		}
 	}
 }
+
+func TestFetcher_SaysWhyNoJobsAreFetched(t *testing.T) {
+	t.Parallel()
+	long := time.Now().Add(-2 * stillAfter)
+	for name, c := range map[string]struct {
+		f    *fetcher
+		want string
+	}{
+		"it fetches":               {&fetcher{slots: 2, moved: time.Now()}, ""},
+		"all slots are busy":       {&fetcher{slots: 2, running: 2, moved: long}, ""},
+		"nobody asks":              {&fetcher{slots: 2, running: 1, moved: long}, "no fetch was made in 20s, although slots are free"},
+		"one answer was lost":      {&fetcher{slots: 2, failed: 1, moved: time.Now()}, ""},
+		"Redis does not answer":    {&fetcher{slots: 2, failed: 2, moved: time.Now()}, "Redis does not answer fetches; the log says more"},
+		"the worker stops":         {&fetcher{slots: 2, stopped: true, moved: time.Now()}, "no more jobs are fetched: the worker stops"},
+		"a slot has just got free": {freed(&fetcher{slots: 2, running: 2, moved: long}), ""},
+	} {
+		if got := c.f.fault(); got != c.want {
+			t.Errorf("%s: %q, want %q", name, got, c.want)
+		}
+	}
+}
+
+func freed(f *fetcher) *fetcher {
+	f.free()
+	return f
+}

@@ -94,6 +94,17 @@ func (s *Servers) Start() error {
 // Held is how many jobs this process has fetched and Redis has not been told the end of.
 func (s *Servers) Held() int { return s.held.len() }
 
+// Fault says in words, without a name or an address, why jobs are not fetched. It is "" if
+// they are, or if all slots are busy.
+func (s *Servers) Fault() string {
+	for _, c := range s.clients {
+		if fault := c.fetcher.fault(); fault != "" {
+			return fault
+		}
+	}
+	return ""
+}
+
 // Stop stops fetching, puts back what was fetched and not begun, lets jobs finish for the
 // shutdown timeout, then ends their contexts, and pushes back what still has not finished.
 func (s *Servers) Stop() {
