@@ -137,3 +137,30 @@ func TestNewServer_SilentConnectionsMakeRoomForThoseThatAsk(t *testing.T) {
 		t.Errorf("the oldest silent connection is still open: %v", err)
 	}
 }
+
+// A platform has no login, and is told nothing but that the monitor serves.
+func TestHealth_NeedsNoLoginAndSaysNothing(t *testing.T) {
+	t.Parallel()
+	for name, cfg := range map[string]Config{
+		"with a login":    {Password: "open sesame"},
+		"without a login": {},
+		"without Redis":   {Password: "open sesame", Redis: open(t, "redis://127.0.0.1:1")},
+	} {
+		at := serve(t, cfg)
+		another := func(r *http.Request) { r.Host = "carpool.onrender.com" } // a platform's own name
+		if code, body := ask(t, "GET", at+HealthPath, another); code != http.StatusOK || body != "ok\n" {
+			t.Errorf("%s: %d, %q", name, code, body)
+		}
+		if code, body := ask(t, "HEAD", at+HealthPath, another); code != http.StatusOK || body != "" {
+			t.Errorf("%s, HEAD: %d, %q", name, code, body)
+		}
+		if code, _ := ask(t, "POST", at+HealthPath, another); code != http.StatusMethodNotAllowed {
+			t.Errorf("%s, POST: %d", name, code)
+		}
+		for _, path := range []string{HealthPath + "/", HealthPath + "/../api/queues", "//healthz", "/api/queues"} {
+			if code, body := ask(t, "GET", at+path, another); code < 400 || body == "ok\n" {
+				t.Errorf("%s: %s is answered with %d, %q", name, path, code, body)
+			}
+		}
+	}
+}

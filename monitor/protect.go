@@ -3,8 +3,10 @@ package monitor
 import (
 	"bytes"
 	"encoding/json"
+	"io"
 	"net"
 	"net/http"
+	"time"
 )
 
 // protect puts in front of asynqmon, which has neither, a login and a guard
@@ -17,6 +19,10 @@ func protect(pages http.Handler, cfg Config) http.Handler {
 		h.Set("X-Frame-Options", "DENY")
 		h.Set("X-Content-Type-Options", "nosniff")
 		h.Set("Referrer-Policy", "no-referrer")
+		if r.URL.Path == HealthPath {
+			sayHealthy(w, r)
+			return
+		}
 		if cfg.Password == "" {
 			// A page elsewhere can point its own name at this address, and read
 			// what is answered. The browser then sends that name.
@@ -35,6 +41,26 @@ func protect(pages http.Handler, cfg Config) http.Handler {
 		}
 		guarded.ServeHTTP(w, r)
 	})
+}
+
+// HealthPath is answered with "ok", and nothing more, to everybody: platforms ask it before
+// they send requests, and have no login. It says that the monitor serves. That Redis is
+// away it doesn't tell, because no restart of the monitor would mend that.
+const HealthPath = "/healthz"
+
+func sayHealthy(w http.ResponseWriter, r *http.Request) {
+	h := w.Header()
+	h.Set("Content-Type", "text/plain; charset=utf-8")
+	h.Set("Cache-Control", "no-store")
+	switch r.Method {
+	case http.MethodGet, http.MethodHead:
+		_, _ = io.WriteString(w, "ok\n")
+	default:
+		h.Set("Allow", "GET, HEAD")
+		h.Set("Connection", "close") // the body is left unread
+		w.WriteHeader(http.StatusMethodNotAllowed)
+		_ = http.NewResponseController(w).SetReadDeadline(time.Now())
+	}
 }
 
 func hostOf(hostPort string) string {
