@@ -72,6 +72,7 @@ type commands struct {
 	Schedule scheduleCmd `cmd:"" help:"Jobs that go by the clock: look at them, change them."`
 	Status   statusCmd   `cmd:"" help:"Show the instances, the queues and the outbox."`
 	Monitor  monitorCmd  `cmd:"" help:"Show the queues in a browser."`
+	Health   healthCmd   `cmd:"" help:"Ask the worker at HEALTH_ADDR whether it is ready: for the health check of a container."`
 	Kinds    kindsCmd    `cmd:"" help:"Show the kinds of job, the fields of their payloads, and an example of each."`
 	Migrate  migrateCmd  `cmd:"" help:"Bring carpool's tables in the database up to date."`
 	Config   configCmd   `cmd:"" help:"Show the settings that are in effect, with secrets left out."`

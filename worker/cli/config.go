@@ -3,6 +3,7 @@ package cli
 import (
 	"fmt"
 	"log/slog"
+	"net"
 	"regexp"
 	"slices"
 	"strconv"
@@ -65,6 +66,10 @@ type outboundSettings struct {
 	OutboundAllow string `name:"outbound-allow" env:"OUTBOUND_ALLOW" group:"Worker" placeholder:"HOST|CIDR,…" help:"Addresses that jobs may call although they are not public."`
 }
 
+type healthSettings struct {
+	HealthAddr string `name:"health-addr" env:"HEALTH_ADDR" placeholder:"HOST:PORT" group:"Worker" help:"Where a worker serves /livez and /readyz; unset, nowhere."`
+}
+
 // runSettings are what run and config read, but for the groups' own.
 type runSettings struct {
 	redisSettings    `embed:""`
@@ -75,6 +80,7 @@ type runSettings struct {
 	workerSettings   `embed:""`
 	payloadSettings  `embed:""`
 	outboundSettings `embed:""`
+	healthSettings   `embed:""`
 }
 
 // config reads the settings of run, and those of the groups into their fields.
@@ -95,6 +101,7 @@ func (r *runSettings) config(in *invocation) (worker.Config, error) {
 		ValidateEvery:   f.duration("DB_POOL_VALIDATE_EVERY", r.ValidateEvery, time.Second, "1m"),
 		MaxPayload:      f.maxPayload(r.MaxPayload),
 		OutboundAllow:   f.outbound(r.OutboundAllow),
+		HealthAddr:      f.health(r.HealthAddr),
 		Name:            in.Env("RENDER_INSTANCE_ID"),
 		Version:         in.Version,
 	}
@@ -225,6 +232,24 @@ func (f *faults) outbound(allow string) string {
 		f.add("OUTBOUND_ALLOW", "is wrong: "+err.Error(), "10.1.0.0/16,hooks.internal")
 	}
 	return allow
+}
+
+const exampleHealthAddr = "127.0.0.1:8081"
+
+func (f *faults) health(addr string) string {
+	if addr != "" {
+		f.hostPort("HEALTH_ADDR", addr, exampleHealthAddr)
+	}
+	return addr
+}
+
+// hostPort returns the host of an address to listen on.
+func (f *faults) hostPort(name, addr, example string) (host string) {
+	host, port, err := net.SplitHostPort(addr)
+	if n, wrong := strconv.Atoi(port); err != nil || wrong != nil || n < 0 || n > 65535 {
+		f.add(name, fmt.Sprintf("is %q, which is not host:port", addr), example)
+	}
+	return host
 }
 
 func (f *faults) log(l logSettings) (level slog.Level, format string) {

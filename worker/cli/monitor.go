@@ -14,8 +14,14 @@ import (
 	"github.com/carpool-go/carpool/monitor"
 )
 
+// monitorAddress is where the monitor listens.
+type monitorAddress struct {
+	Addr string `env:"MONITOR_ADDR" default:"127.0.0.1:8080" group:"Monitor" help:"Where the monitor listens. An address that others can reach needs a password."`
+}
+
 type monitorCmd struct {
-	Addr         string `env:"MONITOR_ADDR" default:"127.0.0.1:8080" group:"Monitor" help:"Where to listen. An address that others can reach needs a password."`
+	monitorAddress `embed:""`
+
 	User         string `env:"MONITOR_USER" default:"carpool" group:"Monitor" help:"The user of the login."`
 	Password     string `env:"MONITOR_PASSWORD" placeholder:"…" group:"Monitor" help:"The password of the login; none, no login. Environment only."`
 	ReadOnly     onOff  `env:"MONITOR_READ_ONLY" group:"Monitor" help:"Let nobody change anything."`
@@ -57,11 +63,9 @@ func (m *monitorCmd) config(in *invocation) (monitor.Config, error) {
 	if m.Password != f.env("MONITOR_PASSWORD") {
 		f.list = append(f.list, "MONITOR_PASSWORD is given as a flag, "+flagsAreSeen)
 	}
-	host, _, err := net.SplitHostPort(m.Addr)
-	switch {
-	case err != nil:
-		f.add("MONITOR_ADDR", fmt.Sprintf("is %q, which is not host:port", m.Addr), "127.0.0.1:8080")
-	case !monitor.IsLoopback(host) && m.Password == "":
+	wrong := len(f.list)
+	host := f.hostPort("MONITOR_ADDR", m.Addr, "127.0.0.1:8080")
+	if len(f.list) == wrong && !monitor.IsLoopback(host) && m.Password == "" {
 		f.list = append(f.list, fmt.Sprintf("MONITOR_ADDR is %q, which others can reach, and MONITOR_PASSWORD is not set; set it, or listen on 127.0.0.1", m.Addr))
 	}
 	cfg := monitor.Config{

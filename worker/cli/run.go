@@ -3,6 +3,7 @@ package cli
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"time"
 
@@ -57,6 +58,9 @@ func (r *runCmd) Run(ctx context.Context, in *invocation) error {
 		log.Info("stopped before it had started", "error", err)
 		return nil
 	default:
+		if taken, ok := errors.AsType[*worker.ListenError](err); ok {
+			err = fmt.Errorf("HEALTH_ADDR: %w; another address is set so, for example HEALTH_ADDR=127.0.0.1:8082, and with none, HEALTH_ADDR=, nothing is served", taken.Err)
+		}
 		err, _ = startup.Explain("DATABASE_URL", cfg.Pool.URL, err)
 		log.Error("the worker has failed", "error", err)
 		return errLogged

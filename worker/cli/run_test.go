@@ -106,7 +106,7 @@ func TestRun_EveryWrongSettingIsNamedInOneMessageBeforeAnythingIsTouched(t *test
 		"DB_POOL_RECYCLE=-1s", "DB_POOL_PRE_PING=maybe", "DB_POOL_VALIDATE_EVERY=1ms", "DB_POOL_LEAK_AFTER=x",
 		"DB_POOLER=perhaps", "DB_ECHO=2", "WORKER_CONCURRENCY=0", "WORKER_QUEUES=a=0,b c", "WORKER_SHUTDOWN_TIMEOUT=soon",
 		"WORKER_STARTUP_TIMEOUT=1", "LOG_LEVEL=loud", "LOG_FORMAT=xml", "IMPORT_DIR=/no/such/folder", "PRUNE_ALLOW=carpool.jobs_done",
-		"WEBHOOK_SECRET=whsec_hush!", "OUTBOUND_ALLOW=10.0.0.0/99", "MAX_PAYLOAD=1048576",
+		"WEBHOOK_SECRET=whsec_hush!", "OUTBOUND_ALLOW=10.0.0.0/99", "MAX_PAYLOAD=1048576", "HEALTH_ADDR=8081",
 	})
 	if code != exitUsage {
 		t.Errorf("exit code %d, want %d", code, exitUsage)
@@ -115,7 +115,7 @@ func TestRun_EveryWrongSettingIsNamedInOneMessageBeforeAnythingIsTouched(t *test
 		"REDIS_URL", "DATABASE_URL", "DB_POOL_SIZE", "DB_MAX_OVERFLOW", "DB_POOL_TIMEOUT", "DB_POOL_RECYCLE",
 		"DB_POOL_PRE_PING", "DB_POOL_VALIDATE_EVERY", "DB_POOL_LEAK_AFTER", "DB_POOLER", "DB_ECHO", "WORKER_CONCURRENCY", "WORKER_QUEUES",
 		"WORKER_SHUTDOWN_TIMEOUT", "WORKER_STARTUP_TIMEOUT", "LOG_LEVEL", "LOG_FORMAT", "IMPORT_DIR", "PRUNE_ALLOW",
-		"WEBHOOK_SECRET", "OUTBOUND_ALLOW", "MAX_PAYLOAD",
+		"WEBHOOK_SECRET", "OUTBOUND_ALLOW", "MAX_PAYLOAD", "HEALTH_ADDR",
 	} {
 		if !strings.Contains(stderr, "\n  "+name+" ") || !strings.Contains(stderr, "for example "+name+"=") {
 			t.Errorf("%s is not named with an example", name)
