@@ -1,5 +1,6 @@
 # The image of the worker, whose command `worker monitor` is the monitor.
-FROM golang:1.26-alpine AS build
+# To the patch, so that the same commit makes the same program.
+FROM golang:1.26.8-alpine AS build
 WORKDIR /src
 COPY go.mod go.sum ./
 RUN go mod download
@@ -17,5 +18,8 @@ RUN apk add --no-cache ca-certificates tzdata && adduser -D -u 10001 carpool
 COPY --from=build /out/worker /usr/local/bin/
 USER 10001
 STOPSIGNAL SIGTERM
+# Is for the worker, and reaches no further than its container. The monitor's is: worker health --monitor
+ENV HEALTH_ADDR=127.0.0.1:8081
+HEALTHCHECK --interval=10s --timeout=6s --start-period=70s --retries=3 CMD ["worker", "health"]
 # No ENTRYPOINT, so that a command is written in full everywhere: worker migrate.
 CMD ["worker", "run"]

@@ -15,6 +15,8 @@ import (
 
 	"github.com/santhosh-tekuri/jsonschema/v6"
 	"go.yaml.in/yaml/v3"
+
+	"github.com/carpool-go/carpool/monitor"
 )
 
 // blueprint is what our render.yaml makes use of. What it knows nothing of is
@@ -36,7 +38,7 @@ type service struct {
 	PreDeployCommand        string   `yaml:"preDeployCommand"`
 	HealthCheckPath         string   `yaml:"healthCheckPath"`
 	MaxShutdownDelaySeconds int      `yaml:"maxShutdownDelaySeconds"`
-	NumInstances            int      `yaml:"numInstances"`
+	NumInstances            *int     `yaml:"numInstances"`
 	Scaling                 *scaling `yaml:"scaling"`
 	EnvVars                 []envVar `yaml:"envVars"`
 	// Of a Key Value store.
@@ -119,12 +121,20 @@ func checkBlueprint(t testing.TB, p program, data string) (faults []string) {
 	if len(regions) != 1 || regions[""] {
 		fault("the regions are not the same everywhere")
 	}
-	workers := 0
+	workers, monitors := 0, 0
 	for _, s := range b.Services {
+		if s.NumInstances != nil || s.Scaling != nil {
+			fault("%s: a number of instances that is named here is set back to it by each sync", s.Name)
+		}
 		switch s.Type {
 		case "worker":
 			workers++
 			for _, f := range checkWorker(t, p, s, names) {
+				fault("%s: %s", s.Name, f)
+			}
+		case "web":
+			monitors++
+			for _, f := range checkMonitor(p, s, names) {
 				fault("%s: %s", s.Name, f)
 			}
 		case "keyvalue":
@@ -144,26 +154,21 @@ func checkBlueprint(t testing.TB, p program, data string) (faults []string) {
 	if workers == 0 {
 		fault("there is no worker")
 	}
+	if monitors != 1 {
+		fault("there are %d monitors", monitors)
+	}
 	return faults
 }
 
-func checkWorker(t testing.TB, p program, s service, kinds map[string]string) (faults []string) {
-	t.Helper()
+// checkDocker checks what services have in common that run the image: how it is built, and
+// their variables, which are those of a command. It returns the values that are given.
+func checkDocker(p program, s service, kinds map[string]string, command string, required ...string) (values map[string]string, faults []string) {
 	fault := func(format string, args ...any) { faults = append(faults, fmt.Sprintf(format, args...)) }
-	if s.Plan == "" || s.Plan == "free" {
-		fault("the plan is %q; workers have no free one", s.Plan)
-	}
-	if s.HealthCheckPath != "" {
-		fault("healthCheckPath: nobody can reach a worker")
-	}
 	if s.Runtime != "docker" {
 		fault("the runtime is %q; Go's can't be pinned to a version", s.Runtime)
 	}
 	if _, err := os.Stat(filepath.Join(root, p.dir, s.DockerfilePath)); s.DockerfilePath == "" || err != nil {
 		fault("dockerfilePath %q: %v", s.DockerfilePath, err)
-	}
-	if migrate := p.program + " migrate"; s.PreDeployCommand != migrate {
-		fault("preDeployCommand is %q; without %s, a new version finds an old database", s.PreDeployCommand, migrate)
 	}
 	for _, command := range []string{s.PreDeployCommand, s.DockerCommand} {
 		if command == "" {
@@ -173,22 +178,63 @@ func checkWorker(t testing.TB, p program, s service, kinds map[string]string) (f
 			fault("%s", f)
 		}
 	}
-
 	var keys []string
-	values := make(map[string]string)
+	values = make(map[string]string)
 	for _, v := range s.EnvVars {
-		keys = append(keys, v.Key)
 		for _, f := range checkEnvVar(v, kinds) {
 			fault("%s: %s", v.Key, f)
 		}
 		if !v.Value.IsZero() {
 			values[v.Key] = v.Value.Value
 		}
+		if v.Key != "PORT" { // is Render's
+			keys = append(keys, v.Key)
+		}
 	}
-	for _, f := range checkSettings(p.commands["run"], keys, "DATABASE_URL", "REDIS_URL") {
-		fault("%s", f)
-	}
+	return values, append(faults, checkSettings(p.commands[command], keys, required...)...)
+}
 
+// checkMonitor checks the web service.
+func checkMonitor(p program, s service, kinds map[string]string) (faults []string) {
+	values, faults := checkDocker(p, s, kinds, "monitor", "REDIS_URL", "MONITOR_ADDR", "MONITOR_PASSWORD")
+	fault := func(format string, args ...any) { faults = append(faults, fmt.Sprintf(format, args...)) }
+	if s.Plan != "free" && s.Plan != "starter" {
+		fault("the plan is %q; a monitor needs no larger one than starter", s.Plan)
+	}
+	if want := p.program + " monitor"; s.DockerCommand != want {
+		fault("dockerCommand is %q; without %s, it is a worker", s.DockerCommand, want)
+	}
+	if s.HealthCheckPath != monitor.HealthPath {
+		fault("healthCheckPath is %q; only %s needs no login", s.HealthCheckPath, monitor.HealthPath)
+	}
+	if s.PreDeployCommand != "" || s.MaxShutdownDelaySeconds != 0 {
+		fault("preDeployCommand and maxShutdownDelaySeconds are the worker's")
+	}
+	// Render sends requests to PORT, and reaches no address of the container's own.
+	if addr := values["MONITOR_ADDR"]; values["PORT"] == "" || addr != "0.0.0.0:"+values["PORT"] {
+		fault("MONITOR_ADDR is %q, where Render does not reach it: PORT is %q", addr, values["PORT"])
+	}
+	for _, v := range s.EnvVars {
+		if v.Key == "MONITOR_PASSWORD" && !v.GenerateValue {
+			fault("MONITOR_PASSWORD: let Render generate it; what is in the repository is no secret")
+		}
+	}
+	return faults
+}
+
+func checkWorker(t testing.TB, p program, s service, kinds map[string]string) (faults []string) {
+	t.Helper()
+	values, faults := checkDocker(p, s, kinds, "run", "DATABASE_URL", "REDIS_URL")
+	fault := func(format string, args ...any) { faults = append(faults, fmt.Sprintf(format, args...)) }
+	if s.Plan == "" || s.Plan == "free" {
+		fault("the plan is %q; workers have no free one", s.Plan)
+	}
+	if s.HealthCheckPath != "" {
+		fault("healthCheckPath: nobody can reach a worker")
+	}
+	if migrate := p.program + " migrate"; s.PreDeployCommand != migrate {
+		fault("preDeployCommand is %q; without %s, a new version finds an old database", s.PreDeployCommand, migrate)
+	}
 	delay := time.Duration(s.MaxShutdownDelaySeconds) * time.Second
 	if needs := stopsWithin(t, p.commands["run"], values["WORKER_SHUTDOWN_TIMEOUT"]); delay <= needs || s.MaxShutdownDelaySeconds > 300 {
 		fault("maxShutdownDelaySeconds is %d, but must be above %s and at most 300", s.MaxShutdownDelaySeconds, needs)
@@ -196,11 +242,7 @@ func checkWorker(t testing.TB, p program, s service, kinds map[string]string) (f
 	// A deploy runs the old and the new instances side by side; databases below
 	// 8 GB take 100 connections, and some are for others.
 	const mostConnections = 90
-	instances := max(1, s.NumInstances)
-	if s.Scaling != nil {
-		instances = max(instances, s.Scaling.MaxInstances)
-	}
-	each := 0
+	each := 1 // the outbox's
 	for _, name := range []string{"DB_POOL_SIZE", "DB_MAX_OVERFLOW"} {
 		value, ok := values[name]
 		if !ok {
@@ -212,7 +254,7 @@ func checkWorker(t testing.TB, p program, s service, kinds map[string]string) (f
 		}
 		each += n
 	}
-	if taken := 2 * instances * each; taken > mostConnections {
+	if taken := 2 * each; taken > mostConnections {
 		fault("a deploy takes %d connections, which is more than %d", taken, mostConnections)
 	}
 	return faults
@@ -268,7 +310,8 @@ func blueprintIsAccepted(t *testing.T, p program) {
 		t.Fatal(err)
 	}
 	for _, s := range b.Services {
-		if s.Type != "worker" {
+		command := map[string]string{"worker": "config", "web": "monitor"}[s.Type]
+		if command == "" {
 			continue
 		}
 		var settings []string
@@ -287,6 +330,10 @@ func blueprintIsAccepted(t *testing.T, p program) {
 			}
 			settings = append(settings, v.Key+"="+value)
 		}
+		if command == "monitor" {
+			p.startsMonitor(t, settings)
+			continue
+		}
 		p.accepts(t, settings)
 	}
 }
@@ -299,35 +346,46 @@ func TestBlueprint_FaultsAreFound(t *testing.T) {
 	for _, tc := range []struct{ old, new, want string }{
 		{"plan: starter # the smallest; workers have no free plan", "plan: free", "workers have no free one"},
 		{"plan: starter # the smallest; workers have no free plan", "", "workers have no free one"},
-		{"runtime: docker\n", "runtime: docker\n    healthCheckPath: /\n", "nobody can reach a worker"},
-		{"runtime: docker\n", "runtime: docker\n    scaling:\n      minInstance: 1\n", "field minInstance not found"},
-		{"runtime: docker\n", "runtime: docker\n    scaling:\n      maxInstances: 5\n", "a deploy takes 100 connections"},
-		{"runtime: docker\n", "runtime: docker\n    numInstances: 5\n", "a deploy takes 100 connections"},
-		{"runtime: docker\n", "runtime: go\n", `the runtime is "go"`},
-		{"runtime: docker\n", "runtime: docker\n    dockerCommand: worker serve\n", `"worker serve" is no command`},
-		{"runtime: docker\n", "runtime: docker\n    dockerCommand: python -m worker\n", `"python" is no program of the image`},
-		{"dockerfilePath: ./Dockerfile", "dockerfilePath: ./docker/Dockerfile", "dockerfilePath"},
+		{"    preDeployCommand:", "    healthCheckPath: /\n    preDeployCommand:", "nobody can reach a worker"},
+		{"    preDeployCommand:", "    scaling:\n      minInstance: 1\n    preDeployCommand:", "field minInstance not found"},
+		{"    preDeployCommand:", "    scaling:\n      maxInstances: 5\n    preDeployCommand:", "set back to it by each sync"},
+		{"    preDeployCommand:", "    numInstances: 1\n    preDeployCommand:", "carpool-worker: a number of instances"},
+		{"    dockerCommand:", "    numInstances: 2\n    dockerCommand:", "carpool-monitor: a number of instances"},
+		{"runtime: docker\n    dockerfilePath: ./Dockerfile\n    pre", "runtime: go\n    dockerfilePath: ./Dockerfile\n    pre", `carpool-worker: the runtime is "go"`},
+		{"    preDeployCommand:", "    dockerCommand: worker serve\n    preDeployCommand:", `"worker serve" is no command`},
+		{"    preDeployCommand:", "    dockerCommand: python -m worker\n    preDeployCommand:", `"python" is no program of the image`},
+		{"dockerfilePath: ./Dockerfile\n    pre", "dockerfilePath: ./docker/Dockerfile\n    pre", "dockerfilePath"},
+		{"dockerCommand: worker monitor", "dockerCommand: worker run", "without worker monitor, it is a worker"},
+		{"    dockerCommand: worker monitor\n", "", "without worker monitor, it is a worker"},
+		{"healthCheckPath: /healthz", "healthCheckPath: /", "only /healthz needs no login"},
+		{"    healthCheckPath: /healthz", "    #", "only /healthz needs no login"},
+		{"plan: free", "plan: standard", "needs no larger one than starter"},
+		{"value: 0.0.0.0:10000", "value: 0.0.0.0:8080", "Render does not reach it"},
+		{"value: 0.0.0.0:10000", "value: 127.0.0.1:10000", "Render does not reach it"},
+		{"value: 10000", "value: 10001", "Render does not reach it"},
+		{"- key: MONITOR_PASSWORD", "- key: MONITOR_USER", "MONITOR_PASSWORD is not set"},
+		{"- key: MONITOR_PASSWORD # of the user carpool; see the service's page Environment\n        generateValue: true", "- key: MONITOR_PASSWORD\n        value: carpool", "no secret"},
 		{"preDeployCommand: worker migrate", "preDeployCommand: worker migrat", `"worker migrat" is no command`},
 		{"preDeployCommand: worker migrate", "", "without worker migrate"},
 		{"maxShutdownDelaySeconds: 60", "maxShutdownDelaySeconds: 30", "must be above 32s"},
 		{"maxShutdownDelaySeconds: 60", "", "must be above 32s"},
 		{"maxShutdownDelaySeconds: 60", "maxShutdownDelaySeconds: 301", "at most 300"},
 		{"- key: LOG_LEVEL\n        value: info", "- key: WORKER_SHUTDOWN_TIMEOUT\n        value: 2m", "must be above 2m7s"},
-		{"- key: LOG_LEVEL\n        value: info", "- key: DB_POOL_SIZE\n        value: 50", "a deploy takes 110 connections"},
+		{"- key: LOG_LEVEL\n        value: info", "- key: DB_POOL_SIZE\n        value: 50", "a deploy takes 112 connections"},
 		{"- key: LOG_LEVEL", "- key: LOGLEVEL", "LOGLEVEL is no setting"},
 		{"- key: LOG_LEVEL\n        value: info", "- key: DB_ECHO\n        value: true", "quote it"},
-		{"generateValue: true", "generateValue: true\n        value: s3cret", "2 sources"},
-		{"generateValue: true", "sync: true", "means nothing"},
-		{"generateValue: true", "", "0 sources"},
+		{"generateValue: true # base64", "generateValue: true\n        value: s3cret #", "2 sources"},
+		{"generateValue: true # base64", "sync: true #", "means nothing"},
+		{"generateValue: true # base64", "#", "0 sources"},
 		{"- key: DATABASE_URL", "- key: DB_POOL_SIZE", "DATABASE_URL is not set"},
-		{"- key: REDIS_URL", "- key: IMPORT_DIR", "REDIS_URL is not set"},
+		{"property: connectionString\n      - key: REDIS_URL", "property: connectionString\n      - key: IMPORT_DIR", "REDIS_URL is not set"},
 		{"          name: carpool-postgres\n", "          name: carpool-postgre\n", `there is no database "carpool-postgre"`},
 		{"property: connectionString\n      - key: REDIS", "property: host\n      - key: REDIS", "host is no URL"},
-		{"type: keyvalue\n          name", "type: redis\n          name", `there is no redis "carpool-redis"`},
-		{"          name: carpool-redis\n", "          name: carpool-postgres\n", `there is no keyvalue "carpool-postgres"`},
+		{"type: keyvalue\n          name: carpool-redis\n          property: connectionString\n      - key: WEBHOOK", "type: redis\n          name: carpool-redis\n          property: connectionString\n      - key: WEBHOOK", `there is no redis "carpool-redis"`},
+		{"name: carpool-redis\n          property: connectionString\n      - key: WEBHOOK", "name: carpool-postgres\n          property: connectionString\n      - key: WEBHOOK", `there is no keyvalue "carpool-postgres"`},
 		{"name: carpool-redis\n    region: oregon", "name: carpool-redis\n    region: ohio", "regions are not the same"},
 		{"  - type: keyvalue\n    name: carpool-redis\n", "  - type: keyvalue\n    name: carpool-worker\n", "not the only one"},
-		{"plan: starter # the free plan", "plan: free #", "must survive a restart"},
+		{"plan: starter # the free plan", "plan: free #", "carpool-redis: what it holds must survive a restart"},
 		{"maxmemoryPolicy: noeviction", "maxmemoryPolicy: allkeys-lru", "jobs lost"},
 		{"persistenceMode: journal-snapshot", "persistenceMode: off", "must survive a restart"},
 		{"    ipAllowList: [] # reached", "    #", "ipAllowList must be []"},
@@ -335,7 +393,8 @@ func TestBlueprint_FaultsAreFound(t *testing.T) {
 		{`    user: carpool` + "\n    ipAllowList: []", "    user: carpool", "open to all"},
 		{`postgresMajorVersion: "17"`, "postgresMajorVersion: 17", "must be a string"},
 		{"plan: basic-256mb", "plan: free", "ends after 30 days"},
-		{"- type: worker", "- type: web", `what is a "web"?`},
+		{"- type: worker", "- type: pserv", `what is a "pserv"?`},
+		{"- type: web", "- type: worker", "there are 0 monitors"},
 		{"databases:", "database:", "field database not found"},
 	} {
 		if strings.Count(good, tc.old) != 1 {
@@ -357,7 +416,8 @@ func TestBlueprint_FaultsOfAUsersAreFound(t *testing.T) {
 	for _, tc := range []struct{ old, new, want string }{
 		{"preDeployCommand: shop migrate", "preDeployCommand: worker migrate", `"worker" is no program of the image`},
 		{"- key: SHOP_TAX_PERCENT", "- key: SHOP_TAX", "SHOP_TAX is no setting"},
-		{"dockerfilePath: ./Dockerfile", "dockerfilePath: ./examples/own/Dockerfile", "dockerfilePath"},
+		{"dockerfilePath: ./Dockerfile\n    pre", "dockerfilePath: ./examples/own/Dockerfile\n    pre", "dockerfilePath"},
+		{"dockerCommand: shop monitor", "dockerCommand: worker monitor", `"worker" is no program of the image`},
 	} {
 		if strings.Count(good, tc.old) != 1 {
 			t.Errorf("render.yaml has %q %d times; change this test with it", tc.old, strings.Count(good, tc.old))
@@ -399,6 +459,8 @@ func followsSchema(t *testing.T, schema *jsonschema.Schema, good string) {
 		strings.Replace(good, "runtime: docker", "runtime: dockr", 1),
 		strings.Replace(good, "dockerfilePath:", "dockerFilePath:", 1),
 		strings.Replace(good, "region: oregon", "region: mars", 1),
+		strings.Replace(good, "healthCheckPath:", "healthcheckPath:", 1),
+		strings.Replace(good, "type: web", "type: webservice", 1),
 		regexp.MustCompile(`(?m)^    ipAllowList:.*\n`).ReplaceAllString(good, ""),
 	} {
 		if schema.Validate(asJSON(t, bad)) == nil {
@@ -423,7 +485,7 @@ func valuesAreRenders(t *testing.T, p program) {
 		if !regions.MatchString(s.Region) {
 			t.Errorf("%s: region %q", s.Name, s.Region)
 		}
-		if !regexp.MustCompile(`^(starter|standard|pro|pro (plus|max|ultra))$`).MatchString(s.Plan) {
+		if !regexp.MustCompile(`^(starter|standard|pro|pro (plus|max|ultra))$`).MatchString(s.Plan) && (s.Type != "web" || s.Plan != "free") {
 			t.Errorf("%s: plan %q", s.Name, s.Plan)
 		}
 		if s.Type == "keyvalue" && s.PersistenceMode != "" && !regexp.MustCompile(`^(journal-snapshot|snapshot|off)$`).MatchString(s.PersistenceMode) {

@@ -35,9 +35,11 @@ type composeService struct {
 		Condition string `yaml:"condition"`
 	} `yaml:"depends_on"`
 	Healthcheck *struct {
-		Test     []string `yaml:"test"`
-		Interval string   `yaml:"interval"`
-		Retries  int      `yaml:"retries"`
+		Test        []string `yaml:"test"`
+		Interval    string   `yaml:"interval"`
+		Timeout     string   `yaml:"timeout"`
+		StartPeriod string   `yaml:"start_period"`
+		Retries     int      `yaml:"retries"`
 	} `yaml:"healthcheck"`
 	Volumes         []string `yaml:"volumes"`
 	Ports           []string `yaml:"ports"`
@@ -158,6 +160,13 @@ func checkOurService(t testing.TB, worker program, c composeFile, s composeServi
 			}
 		}
 	}
+	if command != "worker migrate" { // it ends
+		if s.Healthcheck == nil || len(s.Healthcheck.Test) == 0 {
+			fault("nothing checks its health")
+		} else if f := checkHealthcheck(worker, s.Healthcheck.Test[1:], command, s.Environment["HEALTH_ADDR"]); f != "" {
+			fault("%s", f)
+		}
+	}
 	switch command {
 	case "worker run":
 		if s.DependsOn["migrate"].Condition != "service_completed_successfully" || s.DependsOn["redis"].Condition != "service_healthy" {
@@ -237,6 +246,10 @@ func TestCompose_FaultsAreFound(t *testing.T) {
 		{"- redis:/data", "- rediss:/data", `there is no volume "rediss"`},
 		{`test: ["CMD", "valkey-cli", "ping"]`, `test: ["valkey-cli", "ping"]`, "healthcheck"},
 		{"required: false", "required: true", "there is no .env"},
+		{`test: ["CMD", "worker", "health"]`, `test: ["CMD", "curl", "127.0.0.1:8081/readyz"]`, `not "worker health"`},
+		{`test: ["CMD", "worker", "health", "--monitor"]`, `test: ["CMD", "worker", "health"]`, `not "worker health --monitor"`},
+		{"HEALTH_ADDR: 127.0.0.1:8081", "HEALTH_ADDR: 0.0.0.0:8081", "nobody else is to"},
+		{"      HEALTH_ADDR: 127.0.0.1:8081 # in the container only\n", "", `HEALTH_ADDR is ""`},
 	} {
 		if strings.Count(good, tc.old) != 1 {
 			t.Errorf("docker-compose.yml has %q %d times; change this test with it", tc.old, strings.Count(good, tc.old))

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 // instruction is one of a Dockerfile: "COPY", "go.mod go.sum ./".
@@ -57,11 +58,11 @@ func checkDockerfile(t testing.TB, p program, data string) (faults []string) {
 	build, final := all[0], all[1]
 
 	// The module says which Go it needs at least.
-	from := regexp.MustCompile(`^golang:(\d+\.\d+)-alpine AS build$`).FindStringSubmatch(the(build, "FROM"))
+	from := regexp.MustCompile(`^golang:(\d+\.\d+)\.\d+-alpine AS build$`).FindStringSubmatch(the(build, "FROM"))
 	goMod := p.read(t, "go.mod")
 	needs := regexp.MustCompile(`(?m)^go (\d+\.\d+)`).FindStringSubmatch(goMod)
 	if from == nil || needs == nil || from[1] != needs[1] {
-		fault("FROM %s, but go.mod wants Go %s", the(build, "FROM"), needs)
+		fault("FROM %s, but go.mod wants Go %s, and the same commit the same patch of it", the(build, "FROM"), needs)
 	}
 	// A change of the source must not download all modules again. Where one of them is a
 	// folder outside the image, there is vendor instead.
@@ -78,7 +79,7 @@ func checkDockerfile(t testing.TB, p program, data string) (faults []string) {
 		fault("the modules are not in a layer of their own: %q", order)
 	}
 	command := the(build, "RUN")
-	if !strings.HasPrefix(command, "CGO_ENABLED=0 go build ") || !strings.Contains(command, " -o /out/ ./cmd/"+p.program) {
+	if !strings.HasPrefix(command, "CGO_ENABLED=0 go build -trimpath -buildvcs=false ") || !strings.Contains(command, " -o /out/ ./cmd/"+p.program) {
 		fault("it builds with %q", command)
 	}
 	if !setsVersion(p, command, `\$\{VERSION:-\$\{RENDER_GIT_COMMIT:-\w+\}\}`) {
@@ -106,6 +107,21 @@ func checkDockerfile(t testing.TB, p program, data string) (faults []string) {
 		fault("CMD %s: a shell would stand between the program and its signals", the(final, "CMD"))
 	} else if f := checkCommand(p, words); f != "" {
 		fault("CMD: %s", f)
+	}
+	healthcheck := the(final, "HEALTHCHECK")
+	var asks []string
+	if _, command, _ := strings.Cut(healthcheck, " CMD "); json.Unmarshal([]byte(command), &asks) != nil {
+		fault("HEALTHCHECK %s: a shell would run it", healthcheck)
+	} else if f := checkHealthcheck(p, asks, strings.Join(words, " "), strings.TrimPrefix(the(final, "ENV"), "HEALTH_ADDR=")); f != "" {
+		fault("HEALTHCHECK: %s", f)
+	}
+	times := make(map[string]time.Duration)
+	for _, m := range regexp.MustCompile(`--([a-z-]+)=(\S+)`).FindAllStringSubmatch(healthcheck, -1) {
+		times[m[1]], _ = time.ParseDuration(m[2])
+	}
+	startup, _ := time.ParseDuration(p.commands["run"]["WORKER_STARTUP_TIMEOUT"])
+	if times["start-period"] <= startup || times["timeout"] < 6*time.Second || times["interval"] < times["timeout"] {
+		fault("HEALTHCHECK: its times are %v: the start takes up to %s, an answer 5s", times, startup)
 	}
 	if the(final, "STOPSIGNAL") != "SIGTERM" {
 		fault("STOPSIGNAL is %q", the(final, "STOPSIGNAL"))
@@ -155,7 +171,17 @@ func TestDockerfile_FaultsAreFound(t *testing.T) {
 		{"USER 10001", "USER 10002", "nobody has made the user"},
 		{"FROM alpine:3.22", "", "1 stages"},
 		{"FROM alpine:3.22", "FROM alpine", "changes by itself"},
-		{"golang:1.26-alpine", "golang:1.25-alpine", "go.mod wants"},
+		{"golang:1.26.8-alpine", "golang:1.25.8-alpine", "go.mod wants"},
+		{"golang:1.26.8-alpine", "golang:1.26-alpine", "the same patch"},
+		{" -trimpath", "", "it builds with"},
+		{" -buildvcs=false", "", "it builds with"},
+		{`CMD ["worker", "health"]`, `CMD ["worker", "status"]`, `is "worker status", not "worker health"`},
+		{`CMD ["worker", "health"]`, `CMD worker health`, "a shell would run it"},
+		{`CMD ["worker", "health"]`, `CMD ["worker", "health", "--monitor"]`, `not "worker health"`},
+		{"ENV HEALTH_ADDR=127.0.0.1:8081", "", `HEALTH_ADDR is ""`},
+		{"ENV HEALTH_ADDR=127.0.0.1:8081", "ENV HEALTH_ADDR=0.0.0.0:8081", "nobody else is to"},
+		{"--start-period=70s", "--start-period=30s", "the start takes up to 1m0s"},
+		{"--timeout=6s", "--timeout=1s", "an answer 5s"},
 		{"RUN go mod download\n", "", "layer of their own"},
 		{"./cmd/worker", "./worker", "it builds with"},
 		{"cli.buildVersion", "cli.version", "does not learn its version"},
@@ -183,13 +209,19 @@ func TestDockerignore_LeavesOutNothingThatIsBuilt(t *testing.T) {
 	each(t, leavesOutNothingThatIsBuilt)
 }
 
-func leavesOutNothingThatIsBuilt(t *testing.T, p program) {
-	var ignored []string
+// ignored are the patterns of the program's .dockerignore.
+func (p program) ignored(t testing.TB) (patterns []string) {
+	t.Helper()
 	for line := range strings.Lines(p.read(t, ".dockerignore")) {
 		if line = strings.TrimSpace(line); line != "" && !strings.HasPrefix(line, "#") {
-			ignored = append(ignored, line)
+			patterns = append(patterns, line)
 		}
 	}
+	return patterns
+}
+
+func leavesOutNothingThatIsBuilt(t *testing.T, p program) {
+	ignored := p.ignored(t)
 	for _, secret := range []string{".env", ".env.local", ".git/config"} {
 		if !isIgnored(t, ignored, secret) {
 			t.Errorf("%s gets into the image's build", secret)

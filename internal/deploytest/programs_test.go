@@ -1,11 +1,13 @@
 package deploytest
 
 import (
+	"bytes"
 	"fmt"
 	"go/ast"
 	"go/parser"
 	"go/token"
 	"maps"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -152,7 +154,7 @@ func parse(t testing.TB, dir string) source {
 }
 
 // addSettings looks for the tags env and default of a struct, of those embedded in it,
-// and of its subcommands. It calls plugins where the struct has a field of kong.Plugins.
+// and of its subcommands; a setting that is hidden has no effect any more. It calls plugins where the struct has a field of kong.Plugins.
 func (s source) addSettings(to settings, of ast.Expr, plugins func()) {
 	name, ok := of.(*ast.Ident)
 	if !ok || s.structs[name.Name] == nil {
@@ -207,6 +209,22 @@ func checkCommand(p program, words []string) (fault string) {
 	return fmt.Sprintf("%q is no command; the commands of %s are %q", strings.Join(words, " "), words[0], slices.Sorted(maps.Keys(p.commands)))
 }
 
+// checkHealthcheck returns what is wrong with the words of a health check, which is to run
+// in the image beside a command. at is HEALTH_ADDR there.
+func checkHealthcheck(p program, words []string, command, at string) (fault string) {
+	want := p.program + " health"
+	if command == p.program+" monitor" {
+		want += " --monitor"
+	}
+	if got := strings.Join(words, " "); got != want || p.commands["health"] == nil {
+		return fmt.Sprintf("the health check of %q is %q, not %q", command, got, want)
+	}
+	if host, _, err := net.SplitHostPort(at); command == p.program+" run" && (err != nil || host != "127.0.0.1") {
+		return fmt.Sprintf("HEALTH_ADDR is %q, but the health check asks there, and nobody else is to", at)
+	}
+	return ""
+}
+
 // checkSettings returns what is wrong with the names of variables that a
 // command is given.
 func checkSettings(known settings, names []string, required ...string) (faults []string) {
@@ -258,36 +276,37 @@ func TestMain(m *testing.M) {
 const builtVersion = "v1.2.3"
 
 var builds = map[string]func() (string, error){
-	carpool.program: sync.OnceValues(func() (string, error) { return carpool.build(filepath.Join(root, carpool.dir)) }),
+	carpool.program: sync.OnceValues(func() (string, error) { return carpool.build(filepath.Join(root, carpool.dir), buildDir) }),
 	own.program: sync.OnceValues(func() (string, error) {
-		dir, err := own.vendored()
+		dir, err := own.vendored(buildDir)
 		if err != nil {
 			return "", err
 		}
-		return own.build(dir)
+		return own.build(dir, buildDir)
 	}),
 }
 
-// build runs the command with which the Dockerfile builds the program, in dir.
-func (r repository) build(dir string) (path string, err error) {
+// build runs the command with which the Dockerfile builds the program, in dir, and returns
+// the program's path below another folder. env are further variables.
+func (r repository) build(dir, to string, env ...string) (path string, err error) {
 	dockerfile, err := os.ReadFile(filepath.Join(dir, "Dockerfile"))
 	if err != nil {
 		return "", err
 	}
 	command := the(stages(string(dockerfile))[0], "RUN")
-	out := filepath.Join(buildDir, r.program)
-	_, err = run(dir, []string{"VERSION=" + builtVersion}, "sh", "-euc", strings.ReplaceAll(command, " /out/ ", " '"+out+"/' "))
+	out := filepath.Join(to, r.program)
+	_, err = run(dir, append(env, "VERSION="+builtVersion), "sh", "-euc", strings.ReplaceAll(command, " /out/ ", " '"+out+"/' "))
 	return filepath.Join(out, r.program), err
 }
 
-// vendored makes a copy of a user's repository as the image's build sees it: with vendor,
-// and without a clone of carpool that go.mod's replace would lead to.
-func (r repository) vendored() (dir string, err error) {
+// vendored makes a copy of a user's repository in a folder as the image's build sees it:
+// with vendor, and without a clone of carpool that go.mod's replace would lead to.
+func (r repository) vendored(in string) (dir string, err error) {
 	clone, err := filepath.Abs(root)
 	if err != nil {
 		return "", err
 	}
-	dir, link := filepath.Join(buildDir, r.program+"-repository"), filepath.Join(buildDir, "carpool")
+	dir, link := filepath.Join(in, r.program+"-repository"), filepath.Join(in, "carpool")
 	if err := os.CopyFS(dir, os.DirFS(filepath.Join(root, r.dir))); err != nil {
 		return "", err
 	}
@@ -295,7 +314,7 @@ func (r repository) vendored() (dir string, err error) {
 		return "", err
 	}
 	defer os.Remove(link)
-	if _, err := run(dir, nil, "go", "mod", "edit", "-replace", "github.com/carpool-go/carpool="+link); err != nil {
+	if _, err := run(dir, nil, "go", "mod", "edit", "-replace", "github.com/carpool-go/carpool=../carpool"); err != nil {
 		return "", err
 	}
 	_, err = run(dir, nil, "go", "mod", "vendor")
@@ -338,4 +357,58 @@ func (p program) accepts(t *testing.T, settings []string) {
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Errorf("%s does not accept %q: %v\n%s", p.program, settings, err, out)
 	}
+}
+
+// startsMonitor has the program itself start the monitor with settings, as NAME=value, and
+// answer its health check, on another port than theirs.
+func (p program) startsMonitor(t *testing.T, settings []string) {
+	t.Helper()
+	path, err := builds[p.program]()
+	if err != nil {
+		t.Fatal(err)
+	}
+	address, err := freeAddress()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(path, "monitor", "--addr", address)
+	cmd.Env = settings
+	var said bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &said, &said
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_ = cmd.Wait()
+	}()
+	defer func() {
+		_ = cmd.Process.Kill()
+		<-ended
+	}()
+	for giveUp := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
+		out, err := run(".", []string{"MONITOR_ADDR=" + address}, path, "health", "--monitor")
+		if err == nil && out == "ok\n" {
+			return
+		}
+		select {
+		case <-ended:
+			t.Fatalf("%s does not accept %q:\n%s", p.program, settings, &said)
+		default:
+		}
+		if time.Now().After(giveUp) {
+			t.Fatalf("the monitor's health: %v", err)
+		}
+	}
+}
+
+// freeAddress is one where nobody listens.
+func freeAddress() (string, error) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	defer listener.Close()
+	return listener.Addr().String(), nil
 }
