@@ -61,7 +61,7 @@ func TestNoRoom(t *testing.T) {
 	}
 	src, err := Importer{}.open(outbound.NewContext(t.Context(), guard), server.URL)
 	if err == nil {
-		_, err = src.infer(t.Context(), func(string, int64, int64) {})
+		_, err = src.infer(t.Context(), "", func(string, int64, int64) {})
 		src.close()
 	}
 	fmt.Printf("permanent %t: %v\n", tasks.IsPermanent(err), err)
