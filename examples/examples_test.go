@@ -69,6 +69,48 @@ func TestExamples_CommitOneJobAndRollBackAnother(t *testing.T) {
 	}
 }
 
+// The SQL that docs/render.md has for services in other languages, as their drivers send it.
+func TestRender_EachServicesSQLEnqueues(t *testing.T) {
+	t.Parallel()
+	kit := taskstest.New(t)
+	kinds, err := tasks.NewSet(orders{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := tasks.RecordKinds(t.Context(), kit.DB, kinds); err != nil {
+		t.Fatal(err)
+	}
+	conn, err := pgx.Connect(t.Context(), producer(t, kit))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close(context.Background())
+	page, err := os.ReadFile("../docs/render.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const payload = `{"number": "A-17", "net_cents": 1000}`
+	statements := regexp.MustCompile(`"(SELECT carpool\.enqueue\([^"]*)"`).FindAllStringSubmatch(string(page), -1)
+	for i, m := range statements {
+		sql, args := m[1], []any{payload}
+		sql = strings.NewReplacer("%s::jsonb", "$1::jsonb", ":payload", "$1", "%s", "$2").Replace(sql)
+		if strings.Contains(sql, "$2") {
+			args = append(args, "low")
+		}
+		var id, got string
+		if err := conn.QueryRow(t.Context(), sql, args...).Scan(&id); err != nil {
+			t.Errorf("%s: %v", sql, err)
+			continue
+		}
+		if err := kit.DB.QueryRow(t.Context(), "SELECT payload FROM carpool.outbox WHERE id = $1", id).Scan(&got); err != nil || got != payload {
+			t.Errorf("statement %d has enqueued %s, error %v", i, got, err)
+		}
+	}
+	if len(statements) != 5 {
+		t.Errorf("%d statements were found", len(statements))
+	}
+}
+
 // orders is the group of the kind that the examples enqueue, as examples/own has it.
 type orders struct{}
 
