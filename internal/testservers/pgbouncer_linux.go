@@ -22,8 +22,9 @@ import (
 )
 
 // PgBouncer starts a PgBouncer in transaction mode before the database of a URL, with two connections of its own to it, and
-// returns the URL that leads through it. The URL's user may use its console, the database pgbouncer. It ends with the test.
-func PgBouncer(t testing.TB, rawURL string) string {
+// returns the URL that leads through it. The URL's user may use its console, the database pgbouncer. settings are further
+// lines of its configuration, which win. It ends with the test.
+func PgBouncer(t testing.TB, rawURL string, settings ...string) string {
 	t.Helper()
 	program, err := exec.LookPath("pgbouncer")
 	if err != nil {
@@ -57,7 +58,8 @@ admin_users = %s
 pool_mode = transaction
 default_pool_size = 2
 server_login_retry = 1
-`, strings.Trim(u.Path, "/"), u.Hostname(), u.Port(), u.User.Username(), password, port, u.User.Username())
+%s
+`, strings.Trim(u.Path, "/"), u.Hostname(), u.Port(), u.User.Username(), password, port, u.User.Username(), strings.Join(settings, "\n"))
 	if err := os.WriteFile(ini, []byte(config), 0o600); err != nil {
 		t.Fatal(err)
 	}
