@@ -22,8 +22,8 @@ const facts = "internal/asynqwire internal/httplimit internal/instance internal/
 func arrows() map[string]string {
 	allowed := map[string]string{
 		"cmd/worker": "worker/cli tasks/builtin",
-		"worker/cli": "worker admin monitor scheduler tasks outbound dbpool " + facts,
-		"worker": "worker/internal/delivery worker/internal/relay worker/internal/fleet worker/internal/health " +
+		"worker/cli": "worker worker/internal/doctor admin monitor scheduler tasks outbound dbpool " + facts,
+		"worker": "worker/internal/delivery worker/internal/relay worker/internal/fleet worker/internal/health worker/internal/doctor " +
 			"admin scheduler tasks tasks/maintenance outbound dbpool " + facts,
 
 		// The inner rooms don't import one another.
@@ -31,6 +31,7 @@ func arrows() map[string]string {
 		"worker/internal/relay":    "tasks dbpool " + facts,
 		"worker/internal/fleet":    "admin dbpool " + facts,
 		"worker/internal/health":   facts,
+		"worker/internal/doctor":   "admin scheduler tasks dbpool " + facts,
 
 		"monitor":   "admin tasks " + facts,
 		"admin":     "tasks dbpool " + facts,

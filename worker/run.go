@@ -19,6 +19,7 @@ import (
 	"github.com/carpool-go/carpool/tasks"
 	"github.com/carpool-go/carpool/tasks/maintenance"
 	"github.com/carpool-go/carpool/worker/internal/delivery"
+	"github.com/carpool-go/carpool/worker/internal/doctor"
 	"github.com/carpool-go/carpool/worker/internal/fleet"
 	"github.com/carpool-go/carpool/worker/internal/relay"
 )
@@ -77,7 +78,7 @@ func Run(ctx context.Context, c Config) error {
 	}
 	defer db.Close()
 	if err := startup.Wait(ctx, c.StartupTimeout, log,
-		startup.Server{Variable: "REDIS_URL", URL: c.RedisURL, Check: well.awaiting("Redis", func(ctx context.Context) error { return checkRedis(ctx, rdb) })},
+		startup.Server{Variable: "REDIS_URL", URL: c.RedisURL, Check: well.awaiting("Redis", func(ctx context.Context) error { return doctor.CheckScripts(ctx, rdb) })},
 		startup.Server{Variable: "DATABASE_URL", URL: c.Pool.URL, Check: well.awaiting("the database", db.Ping)},
 		startup.Server{Variable: "DATABASE_URL", URL: c.Pool.URL, Check: well.awaiting("carpool's tables in the database, which the command migrate makes",
 			func(ctx context.Context) error { return schema.Check(ctx, db) })},
@@ -86,7 +87,7 @@ func Run(ctx context.Context, c Config) error {
 	}
 	well.notReady("it starts")
 	warnOfEviction(ctx, rdb, log)
-	warnOfBudget(ctx, db, log)
+	warnOfBudget(ctx, db, c.Pool, log)
 
 	// The heartbeat shows what a validation has found at once.
 	var members *fleet.Fleet
