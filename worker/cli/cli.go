@@ -75,6 +75,7 @@ type commands struct {
 	Health   healthCmd   `cmd:"" help:"Ask the worker at HEALTH_ADDR whether it is ready: for the health check of a container."`
 	Kinds    kindsCmd    `cmd:"" help:"Show the kinds of job, the fields of their payloads, and an example of each."`
 	Migrate  migrateCmd  `cmd:"" help:"Bring carpool's tables in the database up to date."`
+	Doctor   doctorCmd   `cmd:"" help:"Examine the settings, both servers and the jobs in them: what is wrong, and the way out."`
 	Config   configCmd   `cmd:"" help:"Show the settings that are in effect, with secrets left out."`
 	Version  versionCmd  `cmd:"" help:"Show the version."`
 

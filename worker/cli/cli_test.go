@@ -113,6 +113,7 @@ var everyCommand = [][]string{
 	{"health"},
 	{"kinds"},
 	{"migrate"},
+	{"doctor"},
 	{"config"},
 	{"version"},
 	{"completion"},
@@ -138,7 +139,7 @@ func TestProgram_HelpOfEveryCommand(t *testing.T) {
 }
 
 // asProgram finds the word worker where it is the name of the program.
-var asProgram = regexp.MustCompile(`(?m)^worker:|(Usage|Try|run|see): worker\b|\bworker (run|enqueue|cancel|archive|outbox|pause|resume|schedule|status|monitor|health|kinds|migrate|config|version|--)`)
+var asProgram = regexp.MustCompile(`(?m)^worker:|(Usage|Try|run|see): worker\b|\bworker (run|enqueue|cancel|archive|outbox|pause|resume|schedule|status|monitor|health|kinds|migrate|doctor|config|version|--)`)
 
 func TestProgram_SpeaksOfItselfByItsName(t *testing.T) {
 	t.Parallel()

@@ -30,7 +30,7 @@ func (in *invocation) run(ctx context.Context, args []string) (err error) {
 			panic(p)
 		}
 	}()
-	own, err := namesOf(new(runCmd), new(configCmd), new(monitorCmd), new(globalFlags))
+	own, err := namesOf(new(runCmd), new(configCmd), new(doctorCmd), new(monitorCmd), new(globalFlags))
 	if err != nil {
 		return err
 	}
@@ -43,7 +43,7 @@ func (in *invocation) run(ctx context.Context, args []string) (err error) {
 		}
 	}
 	grammar := &commands{Plugins: in.Commands}
-	grammar.Run.Groups, grammar.Config.Groups = in.settings.plugins(), in.settings.plugins()
+	grammar.Run.Groups, grammar.Config.Groups, grammar.Doctor.Groups = in.settings.plugins(), in.settings.plugins(), in.settings.plugins()
 	parser, err := newParser(grammar, in.Env,
 		kong.Name(in.Name),
 		kong.Vars{"name": in.Name, "version": in.Version},

@@ -16,6 +16,8 @@ func TestCompletion_WordsAreWhatALineMayGoOnWith(t *testing.T) {
 	p.Commands = []any{new(shopCommands)}
 	for line, want := range map[string]string{
 		"shop en":                               "enqueue",
+		"shop do":                               "doctor",
+		"shop doctor --ki":                      "--kill-after",
 		"shop st":                               "status stock",
 		"shop stock ":                           "count",
 		"shop schedule ru":                      "run-now",

@@ -88,6 +88,18 @@ func (r *runSettings) config(in *invocation) (worker.Config, error) {
 	if _, err := in.kinds(); err != nil {
 		return worker.Config{}, err
 	}
+	cfg, f := r.read(in)
+	if err := f.err(); err != nil {
+		return worker.Config{}, err
+	}
+	if err := cfg.Validate(); err != nil { // what isn't a setting
+		return worker.Config{}, programFault("the program can't be run", err)
+	}
+	return cfg, nil
+}
+
+// read is config with the faults of the settings. What has a fault is not to be used.
+func (r *runSettings) read(in *invocation) (worker.Config, *faults) {
 	f := in.faults()
 	cfg := worker.Config{
 		RedisURL:        f.redisURL(r.RedisURL),
@@ -107,13 +119,7 @@ func (r *runSettings) config(in *invocation) (worker.Config, error) {
 	}
 	f.log(r.logSettings)
 	f.list = append(f.list, in.settings.read()...)
-	if err := f.err(); err != nil {
-		return worker.Config{}, err
-	}
-	if err := cfg.Validate(); err != nil { // what isn't a setting
-		return worker.Config{}, programFault("the program can't be run", err)
-	}
-	return cfg, nil
+	return cfg, f
 }
 
 // orNone is a time of [worker.Config], where 0 is the default and less is none.
@@ -139,6 +145,11 @@ func (f *faults) add(name, problem, example string) {
 // faultLine says what is wrong with a setting, and how it is set.
 func faultLine(name, problem, example string) string {
 	return fmt.Sprintf("%s %s; for example %s=%s", name, problem, name, example)
+}
+
+// has reports whether something is wrong with a setting.
+func (f *faults) has(name string) bool {
+	return slices.ContainsFunc(f.list, func(line string) bool { return strings.HasPrefix(line, name+" ") })
 }
 
 func (f *faults) err() error {
