@@ -9,6 +9,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/carpool-go/carpool/worker/internal/delivery"
+	"github.com/carpool-go/carpool/worker/internal/doctor"
 	"github.com/carpool-go/carpool/worker/internal/health"
 )
 
@@ -62,7 +63,7 @@ func (w wellbeing) ready(rdb redis.UniversalClient, jobs *delivery.Delivery) {
 	}
 	w.server.Ready(
 		health.Check{Name: "redis", Ask: func(ctx context.Context) (string, error) {
-			err := checkRedis(ctx, rdb)
+			err := doctor.CheckScripts(ctx, rdb)
 			if _, refused := errors.AsType[redis.Error](err); refused {
 				return "it refuses a command; the log says why", fmt.Errorf("redis: %w", err)
 			} else if err != nil {
