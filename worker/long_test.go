@@ -19,22 +19,30 @@ import (
 // longRun is what a long test works with: a database, and this program as a worker and as its
 // commands, with the kinds of the chaos test.
 type longRun struct {
-	db  *pgxpool.Pool
-	env []string
+	program string
+	db      *pgxpool.Pool
+	env     []string
 }
 
 func openLongRun(t *testing.T, redisURL string) *longRun {
 	t.Helper()
-	databaseURL := testservers.Postgres(t)
-	if err := schema.Migrate(t.Context(), databaseURL, workertest.Discard()); err != nil {
+	l := openUnmigrated(t, redisURL)
+	if err := schema.Migrate(t.Context(), l.db.Config().ConnString(), workertest.Discard()); err != nil {
 		t.Fatal(err)
 	}
+	return l
+}
+
+// openUnmigrated is openLongRun without carpool's tables.
+func openUnmigrated(t *testing.T, redisURL string) *longRun {
+	t.Helper()
+	databaseURL := testservers.Postgres(t)
 	db, err := pgxpool.New(t.Context(), databaseURL)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(db.Close)
-	return &longRun{db, []string{
+	return &longRun{os.Args[0], db, []string{
 		"DATABASE_URL=" + databaseURL, "REDIS_URL=" + redisURL, chaosEnv + "=" + protected,
 		"LOG_FORMAT=json", "PATH=" + os.Getenv("PATH"),
 	}}
@@ -59,7 +67,7 @@ func (l *longRun) count(t *testing.T, sql string) (n int) {
 // command prepares a command, which ends with the test at the latest.
 func (l *longRun) command(t *testing.T, args ...string) *exec.Cmd {
 	t.Helper()
-	cmd := exec.Command(os.Args[0], args...)
+	cmd := exec.Command(l.program, args...)
 	cmd.Env = l.env
 	if _, err := cmd.StdinPipe(); err != nil { // it ends with us
 		t.Fatal(err)
