@@ -530,6 +530,7 @@ func TestFirstDelivery_HandlerWithoutAStatementWhoseCommitGetsNoAnswerMayBeDone(
 				var n int
 				return a.DB.QueryRow(t.Context(), "SELECT count(*) FROM carpool.jobs_done WHERE id = '1'").Scan(&n) == nil && n == 1
 			})
+			proxy.Reset() // also if the answer comes only now
 			proxy.Heal()
 			if err := <-delivered; !errors.Is(err, tasks.ErrNoAnswer) || errors.Is(err, once.ErrNotBegun) {
 				t.Errorf("the error is %v, want that there was no answer", err)
