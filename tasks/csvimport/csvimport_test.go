@@ -1063,8 +1063,8 @@ func TestImport_PayloadIsValidated(t *testing.T) {
 }
 
 // Not parallel, so that no other test's memory is counted.
-func TestImport_TenMillionCellsWithinFlatMemory(t *testing.T) {
-	const rows, most = 1_000_000, 32 << 20
+func TestImport_ThreeMillionCellsWithinFlatMemory(t *testing.T) {
+	const rows, most = 300_000, 16 << 20
 	i := newImports(t)
 	const block = 1000
 	var lines strings.Builder
