@@ -2,10 +2,12 @@ package tasks
 
 import (
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
 	"net/url"
+	"os"
 	"strconv"
 	"strings"
 	"time"
@@ -26,7 +28,9 @@ const redisURLForms = `redis://[user:password@]host[:port][/db], rediss:// for T
 // The schemes are redis, rediss (TLS), redis-sentinel (with ?master=) and redis-cluster;
 // the latter two take several hosts, and rediss-sentinel and rediss-cluster use
 // TLS. Sentinels are asked with the same user and password as the server, for each new
-// connection; where none of them answers within three seconds, the command's error says so. The
+// connection; where none of them answers within three seconds, the command's error says so.
+// With TLS a URL may name files in PEM as those of Postgres do: sslrootcert has the authorities
+// to trust in place of the system's, sslcert and sslkey are what the client shows. The
 // error of OpenRedis says what is wrong with the URL and never shows it, because it may hold a password.
 func OpenRedis(rawURL string) (redis.UniversalClient, error) {
 	opts, err := parseRedisURL(rawURL)
@@ -114,18 +118,49 @@ func parseRedisURL(rawURL string) (*redis.UniversalOptions, error) {
 		}
 	}
 	for name := range u.Query() {
-		if name != "master" || base != "-sentinel" {
+		switch {
+		case name == "master" && base == "-sentinel":
+		case (name == "sslrootcert" || name == "sslcert" || name == "sslkey") && withTLS:
+		default:
 			return nil, fmt.Errorf("parameter %.40q is unknown", name)
 		}
 	}
 	if withTLS {
-		host, _, _ := net.SplitHostPort(opts.Addrs[0])
-		opts.TLSConfig = &tls.Config{ServerName: host, MinVersion: tls.VersionTLS12}
-		if several {
-			opts.TLSConfig.ServerName = "" // each host by its own name
+		if opts.TLSConfig, err = tlsOf(u.Query()); err != nil {
+			return nil, err
+		}
+		if !several { // else each host by its own name
+			opts.TLSConfig.ServerName, _, _ = net.SplitHostPort(opts.Addrs[0])
 		}
 	}
 	return opts, nil
+}
+
+// tlsOf reads the files of certificates that a URL's parameters name.
+func tlsOf(params url.Values) (*tls.Config, error) {
+	cfg := &tls.Config{MinVersion: tls.VersionTLS12}
+	if file := params.Get("sslrootcert"); file != "" {
+		authorities, err := os.ReadFile(file)
+		if err != nil {
+			return nil, fmt.Errorf("sslrootcert: %w", err)
+		}
+		cfg.RootCAs = x509.NewCertPool()
+		if !cfg.RootCAs.AppendCertsFromPEM(authorities) {
+			return nil, errors.New("sslrootcert: the file has no certificate in PEM")
+		}
+	}
+	cert, key := params.Get("sslcert"), params.Get("sslkey")
+	switch {
+	case (cert == "") != (key == ""):
+		return nil, errors.New("sslcert and sslkey go together: the certificate that the client shows, and its key")
+	case cert != "":
+		own, err := tls.LoadX509KeyPair(cert, key)
+		if err != nil {
+			return nil, fmt.Errorf("sslcert, sslkey: %w", err)
+		}
+		cfg.Certificates = []tls.Certificate{own}
+	}
+	return cfg, nil
 }
 
 // cutHosts takes the hosts out of user:password@hosts/path?query and puts a

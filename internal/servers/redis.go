@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/url"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -26,6 +27,9 @@ type RedisConfig struct {
 	AppendFsync string
 	// ReplicaOf is the server that this one copies; its start returns when it has a copy. Both have one password. Nil: none.
 	ReplicaOf *Redis
+	// TLS has the server speak TLS on a port of its own too (TLSURL), with a certificate for localhost and 127.0.0.1 (CAFile),
+	// which is also what it takes from clients and wants of them.
+	TLS bool
 	// Log receives what the server prints. Nil: only the end of it is kept, for errors.
 	Log io.Writer
 
@@ -42,7 +46,8 @@ type Redis struct {
 	home     *home
 	password string
 	port     int
-	busPort  int       // on which the servers of a Redis Cluster talk
+	busPort  int // on which the servers of a Redis Cluster talk
+	tlsPort  int
 	sentinel *sentinel // nil: it is a server of data
 
 	mu      sync.Mutex // guards what follows
@@ -86,8 +91,18 @@ func (r *Redis) startAtHome(ctx context.Context, lookPath func(string) (string, 
 	if r.home, err = newHome(r.cfg.Dir, temporaryRoot(), "carpool-redis-"); err != nil {
 		return err
 	}
+	if r.cfg.TLS {
+		if err := writeCertificate(r.CAFile(), r.KeyFile()); err != nil {
+			return errors.Join(err, r.home.abandon())
+		}
+	}
 	err = onSomePort(r.cfg.Port, func(port int) (err error) {
 		r.port = port
+		if r.cfg.TLS {
+			if r.tlsPort, err = FreePort(); err != nil {
+				return err
+			}
+		}
 		if r.cfg.cluster != "" {
 			if r.busPort, err = FreePort(); err != nil {
 				return err
@@ -120,6 +135,10 @@ func (r *Redis) config() string {
 	}
 	if r.cfg.cluster != "" {
 		lines = append(lines, "cluster-enabled yes", "cluster-port "+strconv.Itoa(r.busPort), "cluster-node-timeout 1000")
+	}
+	if r.cfg.TLS {
+		lines = append(lines, "tls-port "+strconv.Itoa(r.tlsPort), "tls-cert-file "+strconv.Quote(r.CAFile()), "tls-key-file "+strconv.Quote(r.KeyFile()),
+			"tls-ca-cert-file "+strconv.Quote(r.CAFile()), "tls-auth-clients yes")
 	}
 	if r.cfg.AppendFsync == "" {
 		lines = append(lines, "appendonly no")
@@ -189,6 +208,19 @@ func (r *Redis) says(ctx context.Context, command, text string) func() bool {
 		}
 		return true
 	}
+}
+
+// CAFile is the certificate to trust, and KeyFile its key, in PEM. They exist if the server was started with TLS, which asks
+// clients for a certificate of the same authority, as this one is.
+func (r *Redis) CAFile() string { return filepath.Join(r.home.dir, "server.crt") }
+
+// KeyFile is the key of CAFile.
+func (r *Redis) KeyFile() string { return filepath.Join(r.home.dir, "server.key") }
+
+// TLSURL leads to database 0 over TLS, without the files that a client needs.
+func (r *Redis) TLSURL() string {
+	u := url.URL{Scheme: "rediss", User: url.UserPassword("", r.password), Host: net.JoinHostPort("127.0.0.1", strconv.Itoa(r.tlsPort)), Path: "/0"}
+	return u.String()
 }
 
 // URL leads to the server's database 0.

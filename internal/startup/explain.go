@@ -1,6 +1,7 @@
 package startup
 
 import (
+	"crypto/x509"
 	"errors"
 	"net"
 	"net/url"
@@ -98,10 +99,17 @@ func redisFault(rawURL string, err error) *fault {
 			}
 		}
 		return nil
+	case isUnknownAuthority(err):
+		return &fault{"the certificate of Redis at " + at + " can't be trusted", err, "name the file of its authority in the URL: ?sslrootcert=/path/to/ca.pem", true}
 	case strings.Contains(rawURL, "-sentinel://"):
 		return &fault{"Redis cannot be reached at the master that the Sentinels at " + at + " name", err, "", false}
 	}
 	return &fault{"Redis at " + at + " cannot be reached", err, "", false}
+}
+
+func isUnknownAuthority(err error) bool {
+	_, ok := errors.AsType[x509.UnknownAuthorityError](err)
+	return ok
 }
 
 func postgresFault(rawURL string, err error) *fault {
