@@ -327,6 +327,9 @@ func copyText(ctx context.Context, conn *pgx.Conn, table pgx.Identifier, columns
 		quoted[i] = pgx.Identifier{name}.Sanitize()
 	}
 	tag, err := conn.PgConn().CopyFrom(ctx, rows, "COPY "+table.Sanitize()+" ("+strings.Join(quoted, ", ")+") FROM STDIN")
+	if err != nil && ctx.Err() != nil && !errors.Is(err, ctx.Err()) {
+		err = fmt.Errorf("%w: %w", context.Cause(ctx), err) // of a write under which the socket was closed pgx says that alone
+	}
 	if traced {
 		tracer.TraceCopyFromEnd(ctx, conn, pgx.TraceCopyFromEndData{CommandTag: tag, Err: err})
 	}
