@@ -344,6 +344,7 @@ func (f *fetcher) pushBack() {
 	if f.unanswered != nil {
 		again := *f.unanswered
 		again.Again = true
+		f.repeats = 0 // however long Redis has been silent, the stop waits for the shortest time
 		for i := range again.Shares {
 			again.Shares[i].Jobs = 0
 		}
