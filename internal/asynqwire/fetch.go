@@ -44,8 +44,8 @@ const leaseScript = `
 local function holds(lease, token)
 	return lease and math.floor(tonumber(lease) % 1 * 1e6 + 0.5) == tonumber(token)
 end
-local function newLease(token)
-	return string.format("%d.%06d", redis.call("TIME")[1] + 30, token)
+local function newLease(now, token)
+	return string.format("%d.%06d", now + 30, token)
 end`
 
 // A fetch takes jobs from the right ends of the lists of pending ones. The first write of
@@ -64,7 +64,8 @@ end`
 var fetch = newScript(leaseScript + `
 local token, id, n = ARGV[1], ARGV[2], #KEYS / 4
 local most, bytes, left = tonumber(ARGV[4]), tonumber(ARGV[5]), {}
-local lease, time = newLease(token), redis.call("TIME")
+local time = redis.call("TIME")
+local lease = newLease(time[1], token)
 local late = tonumber(ARGV[7]) > 0 and tonumber(time[1]) + tonumber(time[2]) / 1e6 > tonumber(ARGV[7])
 local jobs, gone, paused, passed = {}, {}, {}, {}
 local others
@@ -357,11 +358,11 @@ func isOne(list []any, i int) bool { return i < len(list) && list[i] == int64(1)
 // KEYS[1] leases
 // ARGV[2i-1], ARGV[2i] for job i: its id, its fencing token
 var extend = newScript(leaseScript + `
-local lost = {}
+local now, lost = redis.call("TIME")[1], {}
 for i = 1, #ARGV, 2 do
 	if holds(redis.call("ZSCORE", KEYS[1], ARGV[i]), ARGV[i+1]) then
 		redis.call("ZREM", KEYS[1], ARGV[i]) -- a full Redis takes nothing else first
-		redis.call("ZADD", KEYS[1], newLease(ARGV[i+1]), ARGV[i])
+		redis.call("ZADD", KEYS[1], newLease(now, ARGV[i+1]), ARGV[i])
 	else
 		lost[#lost+1] = ARGV[i]
 	end

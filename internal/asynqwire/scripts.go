@@ -70,7 +70,7 @@ type Unended struct {
 // [ErrNoSuchTask] for a job whose hash Redis doesn't have, that of [ParseMessage], or Redis'.
 func ReadUnended(ctx context.Context, rdb redis.UniversalClient, queue, id string) (Message, Unended, error) {
 	hash, err := rdb.HMGet(ctx, Task(queue, id), "msg", FreeRedeliveries, unendedField).Result()
-	if redis.HasErrorPrefix(err, "WRONGTYPE") {
+	if IsWrongType(err) {
 		return Message{}, Unended{}, ErrNoSuchTask
 	}
 	if err != nil {
