@@ -4,10 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/url"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/redis/go-redis/v9"
@@ -93,7 +90,7 @@ func (c *RedisCluster) form(ctx context.Context) error {
 
 // do sends one command.
 func (r *Redis) do(ctx context.Context, args ...any) *redis.Cmd {
-	client := redis.NewClient(&redis.Options{Addr: net.JoinHostPort("127.0.0.1", strconv.Itoa(r.port)), Password: r.password, DialTimeout: time.Second})
+	client := redis.NewClient(&redis.Options{Addr: r.addr(), Password: r.password, DialTimeout: time.Second})
 	defer client.Close()
 	return client.Do(ctx, args...)
 }
@@ -118,19 +115,11 @@ func (c *RedisCluster) Of(ctx context.Context, key string) (int, error) {
 
 // URL leads to the cluster, as tasks.OpenRedis takes it.
 func (c *RedisCluster) URL() string {
-	var hosts []string
-	for _, r := range c.all() {
-		hosts = append(hosts, net.JoinHostPort("127.0.0.1", strconv.Itoa(r.port)))
-	}
-	u := url.URL{Scheme: "redis-cluster", User: url.UserPassword("", c.Masters[0].password), Host: strings.Join(hosts, ",")}
+	u := url.URL{Scheme: "redis-cluster", User: url.UserPassword("", c.Masters[0].password), Host: addrs(c.all())}
 	return u.String()
 }
 
 // Stop ends all six and removes their files. Stopping twice is safe.
 func (c *RedisCluster) Stop() error {
-	var errs []error
-	for _, r := range append(c.Replicas[:len(c.Replicas):len(c.Replicas)], c.Masters...) { // or they would see a failure
-		errs = append(errs, r.Stop())
-	}
-	return errors.Join(errs...)
+	return errors.Join(stopAll(c.Replicas...), stopAll(c.Masters...)) // the other way round they would see a failure
 }

@@ -189,7 +189,7 @@ func (r *Redis) isReady(ctx context.Context) func() bool {
 // says sends a command, and reports whether the text comes up in the answer.
 func (r *Redis) says(ctx context.Context, command, text string) func() bool {
 	return func() bool {
-		conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(r.port)))
+		conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", r.addr())
 		if err != nil {
 			return false
 		}
@@ -223,6 +223,8 @@ func (r *Redis) TLSURL() string {
 	return u.String()
 }
 
+func (r *Redis) addr() string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(r.port)) }
+
 // URL leads to the server's database 0.
 func (r *Redis) URL() string { return r.DatabaseURL(0) }
 
@@ -231,7 +233,7 @@ func (r *Redis) URL() string { return r.DatabaseURL(0) }
 func (r *Redis) DatabaseURL(n int) string {
 	u := url.URL{
 		Scheme: "redis", User: url.UserPassword("", r.password),
-		Host: net.JoinHostPort("127.0.0.1", strconv.Itoa(r.port)), Path: "/" + strconv.Itoa(n),
+		Host: r.addr(), Path: "/" + strconv.Itoa(n),
 	}
 	return u.String()
 }
@@ -301,4 +303,22 @@ func (r *Redis) Stop() error {
 		return fmt.Errorf("servers: stop Redis: %w", err)
 	}
 	return nil
+}
+
+// stopAll stops servers in this order.
+func stopAll(list ...*Redis) error {
+	var errs []error
+	for _, r := range list {
+		errs = append(errs, r.Stop())
+	}
+	return errors.Join(errs...)
+}
+
+// addrs are the addresses of servers, separated by commas.
+func addrs(list []*Redis) string {
+	hosts := make([]string, len(list))
+	for i, r := range list {
+		hosts[i] = r.addr()
+	}
+	return strings.Join(hosts, ",")
 }

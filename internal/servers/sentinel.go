@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/url"
 	"os"
 	"os/exec"
@@ -64,24 +63,16 @@ func StartRedisTrio(ctx context.Context, cfg RedisConfig) (trio *RedisTrio, err 
 
 // URL leads to database 0 of the master by the sentinels, as tasks.OpenRedis takes it.
 func (t *RedisTrio) URL() string {
-	hosts := make([]string, len(t.Sentinels))
-	for i, r := range t.Sentinels {
-		hosts[i] = net.JoinHostPort("127.0.0.1", strconv.Itoa(r.port))
-	}
 	u := url.URL{
 		Scheme: "redis-sentinel", User: url.UserPassword("", t.Servers[0].password),
-		Host: strings.Join(hosts, ","), Path: "/0", RawQuery: "master=" + trioMaster,
+		Host: addrs(t.Sentinels), Path: "/0", RawQuery: "master=" + trioMaster,
 	}
 	return u.String()
 }
 
 // Stop ends all five and removes their files. Stopping twice is safe.
 func (t *RedisTrio) Stop() error {
-	var errs []error
-	for _, r := range append(t.Sentinels[:len(t.Sentinels):len(t.Sentinels)], t.Servers...) { // or they would see a failure
-		errs = append(errs, r.Stop())
-	}
-	return errors.Join(errs...)
+	return errors.Join(stopAll(t.Sentinels...), stopAll(t.Servers...)) // the other way round they would see a failure
 }
 
 // sentinel is what makes a redis-server one.
