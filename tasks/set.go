@@ -170,9 +170,9 @@ func (s *Set) Lookup(kind string) (*Task, error) {
 }
 
 // Decode turns JSON into the task's payload and validates it. It takes one object whose
-// fields are all known, each by its exact name, and there once at most. Every error is a permanent [PayloadError] that names the field and
-// shows nothing of the payload; for a panic of the payload's own methods it names the
-// place. A worker calls it before [Task.Run].
+// fields are all known, each by its exact name, and there once at most. Every error is a
+// permanent [PayloadError] that names the field and shows nothing of the payload; for a panic
+// of the payload's own methods it names the place. A worker calls it before [Task.Run].
 func (t *Task) Decode(data []byte) (p Payload, err error) {
 	defer func() {
 		if recover() != nil { // what with may hold the payload's content

@@ -15,9 +15,9 @@ import (
 )
 
 // lostJobs takes from the queues what is left of jobs that have lost their data, and says so
-// in the log. asynq fetches each as if its queue were empty, and moves nothing any more that
-// is due behind one whose key holds something else. Those that are archived or completed
-// stay: they hold up nobody, and an operator sees them.
+// in the log. A fetch does that for those that it meets; these are the others, active ones
+// and those that are due later, and what stops a plain asynq server on the same queues. Those
+// that are archived or completed stay: they hold up nobody, and an operator sees them.
 type lostJobs struct {
 	rdb    redis.UniversalClient
 	queues map[string]int
