@@ -63,7 +63,7 @@ func New(cfg Config) *Delivery {
 	client.MaxPayload = cfg.MaxPayload
 	executor := &Executor{
 		tasks: cfg.Tasks, rdb: cfg.Redis, client: client, locks: unique.NewLocks(cfg.Redis),
-		db: cfg.DB, breaker: breaker, held: jobs, ends: told, log: cfg.Log, ending: ending, end: end,
+		db: cfg.DB, breaker: breaker, held: jobs, ends: told, log: cfg.Log, retryDelay: retryDelay, ending: ending, end: end,
 	}
 	return &Delivery{
 		Breaker:  breaker,

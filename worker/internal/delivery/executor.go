@@ -38,6 +38,8 @@ type Executor struct {
 	held    *held
 	ends    *ends
 	log     *slog.Logger
+	// retryDelay is the function of this name; a test has one without chance.
+	retryDelay func(retried int, err error) time.Duration
 	// ending is done, with errEnding as its cause, once jobs that still run
 	// must stop because the worker does; end ends it.
 	ending context.Context
@@ -181,7 +183,7 @@ func (x *Executor) settle(h *heldJob, outcome string, result []byte, err error) 
 		x.ends.say(h, asynqwire.Done{Message: h.message, Result: result})
 	case outcomeRetry:
 		msg.Retried++
-		x.ends.say(h, asynqwire.RetryAt{Message: msg, Due: now.Add(retryDelay(h.message.Retried, err)), Failed: true})
+		x.ends.say(h, asynqwire.RetryAt{Message: msg, Due: now.Add(x.retryDelay(h.message.Retried, err)), Failed: true})
 	case outcomePostponed, outcomeSnoozed:
 		if e, ok := errors.AsType[*unknownError](err); ok {
 			h.fetcher.leaveToOthers(e.kind)

@@ -70,6 +70,8 @@ type executionConfig struct {
 	slots  int            // 0: 4
 	pool   func(*dbpool.Config)
 	hook   redis.Hook // on the Redis client of the servers
+	// retryDelay is in place of the one with chance; nil: that one.
+	retryDelay func(retried int, err error) time.Duration
 }
 
 func (b *bundle) executeWith(t *testing.T, c executionConfig, register func(*tasks.Set)) *execution {
@@ -109,6 +111,9 @@ func (b *bundle) executeWith(t *testing.T, c executionConfig, register func(*tas
 	x.breaker, x.servers, x.locks = d.Breaker, d.Servers, d.Executor.locks
 	// A client that enqueues where the test does, also while the executor can't.
 	d.Executor.client = b.Client
+	if c.retryDelay != nil {
+		d.Executor.retryDelay = c.retryDelay
+	}
 	t.Cleanup(d.Breaker.Stop)
 	if err := d.Servers.Start(); err != nil {
 		t.Fatal(err)
