@@ -40,10 +40,17 @@ func postponedFor(delay time.Duration, err error) error {
 var errCancelled = tasks.Permanent(errors.New(reason.Cancelled))
 
 // isConflict reports whether err says that Postgres has sacrificed the
-// transaction to others. It is meant to be run again at once.
+// transaction to others, or that a migration has changed what a statement returns since its
+// connection prepared it. It is meant to be run again at once.
 func isConflict(err error) bool {
 	e, ok := errors.AsType[*pgconn.PgError](err)
-	return ok && (e.Code == pgerrcode.SerializationFailure || e.Code == pgerrcode.DeadlockDetected)
+	if !ok {
+		return false
+	}
+	// "cached plan must not change result type" has no code of its own. pgx prepares the
+	// statement anew the next time.
+	isStale := e.Code == pgerrcode.FeatureNotSupported && e.Routine == "RevalidateCachedQuery"
+	return isStale || e.Code == pgerrcode.SerializationFailure || e.Code == pgerrcode.DeadlockDetected
 }
 
 // isExhausted reports whether err says that the server has run out of something, such as

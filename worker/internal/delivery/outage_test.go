@@ -14,6 +14,7 @@ import (
 	"github.com/hibiken/asynq"
 	"github.com/jackc/pgx/v5"
 
+	"github.com/carpool-go/carpool/dbpool"
 	"github.com/carpool-go/carpool/internal/testservers"
 	"github.com/carpool-go/carpool/tasks"
 	"github.com/carpool-go/carpool/worker/internal/workertest"
@@ -132,6 +133,47 @@ func TestExecutor_TransactionThatPostgresSacrificesIsRunAgainAtOnce(t *testing.T
 	result, err := f.Wait(t, f.enqueue(t, "x", &tasks.EnqueueOptions{MaxRetry: tasks.NoRetry}))
 	if string(result) != `"x"` || err != nil || runs.Load() != 4 {
 		t.Errorf("result %s, error %v after %d runs", result, err, runs.Load())
+	}
+}
+
+// probeTx is a probe in a transaction.
+type probeTx struct{ probe }
+
+func (probeTx) Kind() string { return "probe:tx" }
+
+// A connection keeps the statements that it has prepared. What one of them returns may be
+// changed by a migration while the worker runs.
+func TestExecutor_MigrationThatChangesWhatAStatementReturnsUsesUpNoTry(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	const read = "SELECT * FROM words WHERE word = $1"
+	pool := func(c *dbpool.Config) { c.Size, c.MaxOverflow = 1, 0 }
+	f := b.executeWith(t, executionConfig{pool: pool}, func(s *tasks.Set) {
+		tasks.Register(s, func(ctx context.Context, job *tasks.Job, p probe) (string, error) {
+			_, err := job.DB.Exec(ctx, read, p.Word)
+			return p.Word, err
+		})
+		tasks.RegisterTx(s, func(ctx context.Context, _ *tasks.Job, tx pgx.Tx, p probeTx) (string, error) {
+			_, err := tx.Exec(ctx, read, p.Word)
+			return p.Word, err
+		})
+	})
+	migrate := func(sql string) {
+		t.Helper()
+		if _, err := f.db.Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	migrate("CREATE TABLE words (word text)")
+	for i, p := range []tasks.Payload{probe{"x"}, probe{"x"}, probeTx{probe{"x"}}, probe{"x"}, probeTx{probe{"x"}}} {
+		info, err := f.Client.Enqueue(t.Context(), p, &tasks.EnqueueOptions{MaxRetry: tasks.NoRetry})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if result, err := f.Wait(t, info); string(result) != `"x"` || err != nil {
+			t.Errorf("job %d: result %s, error %v", i, result, err)
+		}
+		migrate(fmt.Sprintf("ALTER TABLE words ADD COLUMN another%d int", i))
 	}
 }
 
