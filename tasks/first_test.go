@@ -251,6 +251,54 @@ func TestFirstDelivery_NothingRunsWhileAnotherRunHasTheJobAndTheWaitHoldsNoConne
 	}
 }
 
+// What another run commits between the beginning of the statement that locks the job and the
+// lock itself is seen by the look: nothing runs then, not even to be undone.
+func TestFirstDelivery_LookIsNoOlderThanTheLock(t *testing.T) {
+	t.Parallel()
+	for mode, suffix := range modes {
+		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
+			a := openFirstAccount(t, firstStatements["Exec"], asItIs)
+			// The key isn't had before the test says so.
+			if _, err := a.DB.Exec(t.Context(), `CREATE OR REPLACE FUNCTION carpool.run_key(id text, kind text) RETURNS bigint LANGUAGE plpgsql AS $$
+				BEGIN PERFORM pg_advisory_xact_lock_shared(7); RETURN 8; END $$`); err != nil {
+				t.Fatal(err)
+			}
+			other, err := pgx.Connect(t.Context(), a.DatabaseURL)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer other.Close(context.Background())
+			if _, err := other.Exec(t.Context(), "SELECT pg_advisory_lock(7)"); err != nil {
+				t.Fatal(err)
+			}
+			delivered := make(chan error, 1)
+			var result string
+			go func() {
+				r, err := a.deliver(t.Context(), openPool(t, a.DatabaseURL+suffix), "1")
+				result = string(r)
+				delivered <- err
+			}()
+			testservers.Eventually(t, "the run waits for its key", func() bool {
+				var waits bool
+				err := other.QueryRow(t.Context(), `SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted
+					AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))`).Scan(&waits)
+				return err == nil && waits
+			})
+			if _, err := other.Exec(t.Context(), `INSERT INTO carpool.jobs_done (id, kind, queue, result) VALUES ('1', 'account:credit', 'default', '"earlier"')`); err != nil {
+				t.Fatal(err)
+			}
+			_ = other.Close(t.Context())
+			if err := <-delivered; err != nil || result != `"earlier"` {
+				t.Errorf("result %s, error %v; want the earlier one's", result, err)
+			}
+			if drawn := a.drawn(t); drawn != 0 {
+				t.Errorf("the statement ran %d times", drawn)
+			}
+		})
+	}
+}
+
 func TestFirstDelivery_StatementThatFailsLeavesAFailedTransaction(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
@@ -402,7 +450,7 @@ func TestFirstDelivery_FailureOfAJobThatIsDoneIsNone(t *testing.T) {
 			// In place of a look whose snapshot is too old: one that looks elsewhere.
 			if _, err := a.DB.Exec(t.Context(), `CREATE TABLE once (n int PRIMARY KEY); INSERT INTO once VALUES (1);
 				INSERT INTO carpool.jobs_done (id, kind, queue, result) VALUES ('1', 'account:credit', 'default', '"earlier"');
-				CREATE OR REPLACE FUNCTION carpool.begin_run(id text, kind text) RETURNS void LANGUAGE sql AS 'SELECT'`); err != nil {
+				CREATE OR REPLACE FUNCTION carpool.begin_run(id text, kind text) RETURNS text LANGUAGE sql AS 'SELECT pg_current_xact_id()::text'`); err != nil {
 				t.Fatal(err)
 			}
 			if result, err := a.deliver(t.Context(), a.DB, "1"); result != `"earlier"` || err != nil {

@@ -126,7 +126,7 @@ func (t *firstTx) isDone() bool {
 func (t *firstTx) commitAtOnce(result json.RawMessage) error {
 	t.commits = true
 	var b pgx.Batch
-	recorded := queueCommit(&b, t.job, result)
+	recorded := queueCommit(&b, t.job, nil, result)
 	commitCtx, cancel := outlast(t.ctx, answerBound)
 	defer cancel()
 	results, err := t.send(commitCtx, &b)
@@ -200,8 +200,7 @@ func (t *firstTx) send(ctx context.Context, b *pgx.Batch) (*firstResults, error)
 	}()
 	var all pgx.Batch
 	all.BeginTx(pgx.TxOptions{IsoLevel: t.job.Isolation})
-	all.Queue(lockJob, t.job.ID, t.job.Kind)
-	all.Queue(refuseDone, t.job.ID, t.job.Kind)
+	all.Queue(beginRun, t.job.ID, t.job.Kind)
 	for _, query := range b.QueuedQueries {
 		q := *query // pgx writes to those it sends
 		all.QueuedQueries = append(all.QueuedQueries, &q)
@@ -216,23 +215,21 @@ func (t *firstTx) send(ctx context.Context, b *pgx.Batch) (*firstResults, error)
 	results := &firstResults{conn.SendBatch(batchCtx, &all), cancel}
 	prepared := batchCtx.Err() == nil
 	_, err = results.Exec()
-	if err == nil {
-		_, err = results.Exec()
+	answered := bound.Stop() // beginRun has the server send its answer to BEGIN, however long the query takes
+	begun := err == nil
+	var xid *string
+	if begun {
+		err = results.QueryRow().Scan(&xid)
 	}
-	answered := bound.Stop() // refuseDone has the server answer however long the query takes
-	locked := err == nil
-	if locked {
-		_, err = results.Exec()
-	}
+	tx := &jobTx{lentTx: lentTx{results.BatchResults.Tx(), conn}, xid: xid}
 	if err == nil {
 		lent = true
-		t.tx = &jobTx{lentTx: lentTx{results.BatchResults.Tx(), conn}}
+		t.tx = tx
 		return results, nil
 	}
 	_ = results.Close()
-	tx := &jobTx{lentTx: lentTx{results.BatchResults.Tx(), conn}}
 	pg := conn.Conn().PgConn()
-	if locked && pg.IsClosed() {
+	if begun && pg.IsClosed() {
 		lent = true
 		t.tx = tx // it has begun, and what has broken it off is the query's error
 		cancel()

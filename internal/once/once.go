@@ -171,31 +171,29 @@ func (j *Job) confirmRecord(ctx context.Context) error {
 }
 
 const (
-	// jobKey is the key of the advisory lock that a run has.
-	jobKey = "hashtextextended('carpool job ' || $1 || ' ' || $2, 0)"
 	// lockJob keeps a second run of the same job out for as long as the transaction is open;
-	// the record alone would only stop it at its end. It fails with stateOtherHolds. The
-	// setting is gone with the transaction, so that recordJob knows it again.
-	lockJob = "SELECT CASE WHEN NOT pg_try_advisory_xact_lock(" + jobKey + ") THEN carpool.refuse_run('" + stateOtherHolds + "') END FROM set_config('carpool.job', $1, true)"
+	// the record alone would only stop it at its end. It returns the transaction's id, by
+	// which recordJob knows it again; null if another run has the lock.
+	lockJob = "SELECT CASE WHEN pg_try_advisory_xact_lock(carpool.run_key($1, $2)) THEN pg_current_xact_id()::text END"
 	lookJob = "SELECT result FROM carpool.jobs_done WHERE id = $1 AND kind = $2"
-	// refuseDone fails with stateIsDone if the job has a record, and else has the server send
-	// what it has answered so far.
-	refuseDone = "SELECT carpool.begin_run($1, $2)"
+	// beginRun is lockJob and a look in one. It fails with stateOtherHolds or stateIsDone, and
+	// else has the server send what it has answered so far.
+	beginRun = "SELECT carpool.begin_run($1, $2)"
 	// confirm writes a message into the log that nobody reads. It needs no rights and leaves
 	// no dead row.
 	confirm = "SELECT pg_logical_emit_message(true, 'carpool', '')"
-	// endHolder ends the session that holds lockJob.
+	// endHolder ends the session that has the job locked.
 	endHolder = `SELECT count(pg_terminate_backend(l.pid)) FROM pg_locks l,
-		LATERAL (SELECT ` + jobKey + ` AS key) k
+		LATERAL (SELECT carpool.run_key($1, $2) AS key) k
 		WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1 AND l.pid <> pg_backend_pid()
 		AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
 		AND l.classid = ((k.key >> 32) & 4294967295)::oid AND l.objid = (k.key & 4294967295)::oid`
-	// recordJob fails, since the id can't be null, in another transaction than the
-	// one that lockJob was in.
-	recordJob = "INSERT INTO carpool.jobs_done (id, kind, queue, result) VALUES (CASE current_setting('carpool.job', true) WHEN $1 THEN $1 END, $2, $3, $4)"
+	// recordJob fails, since the id can't be null, in another transaction than the one that
+	// has the id $5; null is for any.
+	recordJob = "INSERT INTO carpool.jobs_done (id, kind, queue, result) VALUES (CASE WHEN pg_current_xact_id()::text = coalesce($5, pg_current_xact_id()::text) THEN $1 END, $2, $3, $4)"
 )
 
-// The SQLSTATEs of carpool.refuse_run.
+// The SQLSTATEs of carpool.begin_run.
 const (
 	stateOtherHolds = "CP001"
 	stateIsDone     = "CP002"
@@ -271,9 +269,10 @@ func (j *Job) tryClaim(ctx context.Context) (claim, error) {
 		return claim{}, err
 	}
 	var c claim
+	var xid *string
 	var b pgx.Batch
 	b.BeginTx(pgx.TxOptions{IsoLevel: j.Isolation})
-	b.Queue(lockJob, j.ID, j.Kind)
+	b.Queue(lockJob, j.ID, j.Kind).QueryRow(func(row pgx.Row) error { return row.Scan(&xid) })
 	// A statement of its own, so that it sees what was committed before the lock
 	// was had.
 	b.Queue(lookJob, j.ID, j.Kind).QueryRow(func(row pgx.Row) error {
@@ -288,22 +287,23 @@ func (j *Job) tryClaim(ctx context.Context) (claim, error) {
 	defer cancel()
 	results := conn.SendBatch(beginCtx, &b)
 	tx := &jobTx{lentTx: lentTx{results.Tx(), conn}}
-	err = results.Close()
-	e, refused := errors.AsType[*pgconn.PgError](err)
-	c.heldByOther = refused && e.Code == stateOtherHolds
-	if err == nil && !c.done {
-		c.mine = tx
-		return c, nil
+	if err := results.Close(); err != nil {
+		conn.Release()
+		if beginCtx.Err() != nil && ctx.Err() == nil {
+			err = fmt.Errorf("%w: %w", ErrNoAnswer, err)
+		}
+		return claim{}, err
 	}
-	if err == nil || c.heldByOther {
+	switch {
+	case xid == nil: // what the look has found may be older than the other run's end
+		tx.rollBack()
+		return claim{heldByOther: true}, nil
+	case c.done:
 		tx.rollBack()
 		return c, nil
 	}
-	conn.Release()
-	if beginCtx.Err() != nil && ctx.Err() == nil {
-		err = fmt.Errorf("%w: %w", ErrNoAnswer, err)
-	}
-	return claim{}, err
+	tx.xid = xid
+	return claim{mine: tx}, nil
 }
 
 // endOther ends the session of the job's other run. may is false if it is another

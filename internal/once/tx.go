@@ -18,7 +18,8 @@ import (
 // jobTx is the transaction of a job.
 type jobTx struct {
 	lentTx
-	ended bool // by run
+	xid   *string // its id, in Postgres
+	ended bool    // by run
 }
 
 // run runs fn, and commits what it did with the job's record, or rolls back.
@@ -44,17 +45,17 @@ func (t *jobTx) commit(ctx context.Context, job *Job, result json.RawMessage) er
 		return errors.New("the transaction's connection is closed, and the handler has returned no error: a statement that was broken off closes it")
 	}
 	var b pgx.Batch
-	recorded := queueCommit(&b, job, result)
+	recorded := queueCommit(&b, job, t.xid, result)
 	commitCtx, cancel := outlast(ctx, answerBound)
 	defer cancel()
 	return t.committed(t.conn.SendBatch(commitCtx, &b).Close(), recorded)
 }
 
 // queueCommit queues the job's record and COMMIT. The record has been written once recorded
-// is true.
-func queueCommit(b *pgx.Batch, job *Job, result json.RawMessage) (recorded *bool) {
+// is true. It is in no other transaction than xid; nil is for any.
+func queueCommit(b *pgx.Batch, job *Job, xid *string, result json.RawMessage) (recorded *bool) {
 	recorded = new(bool)
-	b.Queue(recordJob, job.ID, job.Kind, job.Queue, result).Exec(func(pgconn.CommandTag) error {
+	b.Queue(recordJob, job.ID, job.Kind, job.Queue, result, xid).Exec(func(pgconn.CommandTag) error {
 		*recorded = true
 		return nil
 	})

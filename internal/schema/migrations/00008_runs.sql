@@ -1,29 +1,32 @@
 -- +goose Up
--- What keeps the statements behind it from running that were sent with it. A run of a job that
--- can't be its own fails so: CP001, another run is in its transaction; CP002, the job is done.
--- +goose StatementBegin
-CREATE FUNCTION carpool.refuse_run(state text) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
-BEGIN
-    RAISE EXCEPTION USING ERRCODE = state, MESSAGE = CASE state
-        WHEN 'CP001' THEN 'another run of this job is in its transaction' ELSE 'the job is done already' END;
-END
-$$;
--- +goose StatementEnd
+-- The key of the advisory lock that a run of a job has while it is in its transaction.
+CREATE FUNCTION carpool.run_key(id text, kind text) RETURNS bigint LANGUAGE sql IMMUTABLE
+    AS $$ SELECT hashtextextended('carpool job ' || id || ' ' || kind, 0) $$;
 
--- Before it passes on a notice Postgres sends what it has answered so far (see
--- send_message_to_frontend in its elog.c). So a worker learns that its transaction has begun
--- although the statement that came with BEGIN takes long.
+-- What begins a run's transaction, and keeps the statements behind it from running that were
+-- sent with it: it locks the job, then looks for its record, in a snapshot that is taken after
+-- the lock is had. It fails if the run can't be the job's only one: CP001, another run is in
+-- its transaction; CP002, the job is done. It returns the transaction's id.
+--
+-- Before it passes on a message Postgres sends what it has answered so far (see
+-- send_message_to_frontend in its elog.c), and INFO passes every client_min_messages. So a
+-- worker learns that its transaction has begun although the statement that came with BEGIN
+-- takes long.
 -- +goose StatementBegin
-CREATE FUNCTION carpool.begin_run(id text, kind text) RETURNS void LANGUAGE plpgsql SET client_min_messages = notice AS $$
+CREATE FUNCTION carpool.begin_run(id text, kind text) RETURNS text LANGUAGE plpgsql AS $$
 BEGIN
-    IF EXISTS (SELECT FROM carpool.jobs_done d WHERE d.id = begin_run.id AND d.kind = begin_run.kind) THEN
-        PERFORM carpool.refuse_run('CP002');
+    IF NOT pg_try_advisory_xact_lock(carpool.run_key(id, kind)) THEN
+        RAISE EXCEPTION USING ERRCODE = 'CP001', MESSAGE = 'another run of this job is in its transaction';
     END IF;
-    RAISE NOTICE 'the job has begun';
+    IF EXISTS (SELECT FROM carpool.jobs_done d WHERE d.id = begin_run.id AND d.kind = begin_run.kind) THEN
+        RAISE EXCEPTION USING ERRCODE = 'CP002', MESSAGE = 'the job is done already';
+    END IF;
+    RAISE INFO 'the job has begun';
+    RETURN pg_current_xact_id();
 END
 $$;
 -- +goose StatementEnd
 
 -- +goose Down
 DROP FUNCTION carpool.begin_run(text, text);
-DROP FUNCTION carpool.refuse_run(text);
+DROP FUNCTION carpool.run_key(text, text);
