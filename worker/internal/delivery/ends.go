@@ -159,7 +159,8 @@ func (e *ends) send(ctx context.Context, group []unsentEnd) (again []unsentEnd) 
 	e.repeats++
 	for i, answer := range asynqwire.SendEnds(ctx, e.rdb, endings) {
 		u := group[i]
-		if mayBeTriedAgain(answer.Err) {
+		// A right that is lacking is given back, where a job that is delivered again has two effects.
+		if mayBeTriedAgain(answer.Err) || redis.HasErrorPrefix(answer.Err, "NOPERM") {
 			again = append(again, u)
 			continue
 		}
