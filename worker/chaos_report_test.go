@@ -34,12 +34,13 @@ type chaosReport struct {
 	drain, took                   time.Duration // drain: from the last repair to the end
 	faults                        map[string]int
 	ended, crashed                int // workers: that ended by themselves, and those of them that had a panic or a data race
+	refused                       int // see refusals
 	wrong                         []int
 }
 
 // right reports whether the promise was kept.
 func (r *chaosReport) right() bool {
-	return r.lost+r.late+r.left+r.doubled+r.phantoms+r.archived+r.crashed == 0
+	return r.lost+r.late+r.left+r.doubled+r.phantoms+r.archived+r.crashed+r.refused == 0
 }
 
 // chaosEffectRow is a row of effects.
@@ -53,6 +54,7 @@ func (c *chaos) report() *chaosReport {
 		mode: c.mode, seed: c.seed, rolledBack: int(c.rolledBack.Load()),
 		faults: c.faults, ended: len(c.endings), crashed: len(c.crashes),
 	}
+	r.refused = len(c.refusals())
 	if err := os.WriteFile(filepath.Join(c.logs, c.mode+"-faults.txt"), []byte(strings.Join(c.timeline, "\n")+"\n"), 0o600); err != nil {
 		c.t.Error(err)
 	}
@@ -238,6 +240,7 @@ func chaosTable(reports ...*chaosReport) string {
 		row(name, func(r *chaosReport) any { return r.faults[name] })
 	}
 	row("workers that ended by themselves", func(r *chaosReport) any { return r.ended })
+	row("rights that they lack in Redis", func(r *chaosReport) any { return r.refused })
 	return b.String() + "\n"
 }
 
@@ -255,6 +258,10 @@ func (c *chaos) explain(r *chaosReport) {
 	}
 	for _, crash := range c.crashes {
 		c.t.Log("a worker crashed: " + crash)
+	}
+	refusals := c.refusals()
+	for _, line := range refusals[:min(explained, len(refusals))] {
+		c.t.Log("a right is lacking: " + line)
 	}
 	told := make(map[string]bool)
 	tell := func(id string) {
@@ -296,6 +303,23 @@ func (c *chaos) explain(r *chaosReport) {
 		tell(id)
 		return nil
 	})
+}
+
+// refusals tell what the users in Redis lack a right for: lines of the workers' logs, and what
+// Redis has refused since it was last started.
+func (c *chaos) refusals() []string {
+	lines := append(c.logLines("NOPERM"), c.logLines("The user executing the script can't")...)
+	if !c.carpools() {
+		return lines
+	}
+	entries, err := workertest.OpenRedis(c.t, c.redis.URL()).ACLLog(c.t.Context(), 100).Result()
+	if err != nil {
+		c.t.Error(err)
+	}
+	for _, e := range entries {
+		lines = append(lines, fmt.Sprintf("Redis refused %s: %s (%s, %s)", e.Username, e.Object, e.Reason, e.Context))
+	}
+	return lines
 }
 
 // logLines returns the lines of the workers' logs that have the text in them, in

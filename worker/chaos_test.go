@@ -9,9 +9,11 @@ import (
 	"flag"
 	"fmt"
 	"math/rand/v2"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -77,6 +79,9 @@ func TestChaos_EveryEffectHappensExactlyOnce(t *testing.T) {
 		fmt.Print(chaosTable(reports...))
 	}
 }
+
+// chaosPassword is that of the users of docs/security.md in the chaos test's Redis.
+const chaosPassword = "hush"
 
 // chaos is one run.
 type chaos struct {
@@ -160,7 +165,11 @@ func (c *chaos) startServers(cfg servers.PostgresConfig) {
 	}
 	t.Cleanup(func() { _ = c.postgres.Stop() })
 	c.cable = func() (string, *testservers.Proxy) { return testservers.ThroughProxy(t, c.postgres.URL()) }
-	if c.redis, err = servers.StartRedis(t.Context(), servers.RedisConfig{AppendFsync: "always"}); err != nil {
+	var users []string
+	for name, rules := range workertest.ACLUsers(t, "../docs/security.md") {
+		users = append(users, name+" on >"+chaosPassword+" "+rules)
+	}
+	if c.redis, err = servers.StartRedis(t.Context(), servers.RedisConfig{AppendFsync: "always", Users: users}); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = c.redis.Stop() })
@@ -200,7 +209,7 @@ func (c *chaos) startWorkers() {
 		c.celery = newCelery(c)
 	}
 	for i := range 3 {
-		n := c.newNode(fmt.Sprint("worker-", i))
+		n := c.newNode(fmt.Sprint("worker-", i), "worker")
 		c.workers = append(c.workers, n)
 		n.mu.Lock()
 		c.start(n)
@@ -225,13 +234,18 @@ func (c *chaos) startWorkers() {
 // carpools reports whether carpool runs the jobs.
 func (c *chaos) carpools() bool { return c.mode == protected || c.mode == unprotected }
 
-// newNode lays the cables of a machine.
-func (c *chaos) newNode(name string) *chaosNode {
+// newNode lays the cables of a machine. Where carpool runs the jobs, it is that user of
+// docs/security.md in Redis: what is sent on a fault's path alone needs its right too.
+func (c *chaos) newNode(name, user string) *chaosNode {
 	c.t.Helper()
 	n := &chaosNode{name: name}
 	var databaseURL, redisURL string
 	databaseURL, n.postgres = c.cable()
-	redisURL, n.redis = testservers.ThroughProxy(c.t, c.redis.URL())
+	toRedis := testservers.ParseURL(c.t, c.redis.URL())
+	if c.carpools() {
+		toRedis.User = url.UserPassword(user, chaosPassword)
+	}
+	redisURL, n.redis = testservers.ThroughProxy(c.t, toRedis.String())
 	n.env = append([]string{
 		"DATABASE_URL=" + databaseURL, "REDIS_URL=" + redisURL, chaosEnv + "=" + c.mode,
 		"LOG_LEVEL=debug", "LOG_FORMAT=json", "PATH=" + os.Getenv("PATH"), "GORACE=halt_on_error=1",
@@ -241,7 +255,7 @@ func (c *chaos) newNode(name string) *chaosNode {
 
 func (c *chaos) connectProducers() {
 	c.t.Helper()
-	n := c.newNode("producers")
+	n := c.newNode("producers", "enqueue_and_wait") // its jobs have ids of the test's own
 	c.producers = n
 	cfg, err := pgxpool.ParseConfig(n.env[0][len("DATABASE_URL="):])
 	if err != nil {
@@ -463,6 +477,10 @@ func (c *chaos) until(do func(context.Context) error, orErr error) {
 		err := do(ctx)
 		cancel()
 		if err == nil || orErr != nil && errors.Is(err, orErr) {
+			return
+		}
+		if strings.Contains(err.Error(), "NOPERM") {
+			c.t.Errorf("a producer lacks a right in Redis: %v", err)
 			return
 		}
 		time.Sleep(20 * time.Millisecond)

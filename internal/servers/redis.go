@@ -30,6 +30,9 @@ type RedisConfig struct {
 	// TLS has the server speak TLS on a port of its own too (TLSURL), with a certificate for localhost and 127.0.0.1 (CAFile),
 	// which is also what it takes from clients and wants of them.
 	TLS bool
+	// Users are further users than the default one, each a name and its rules as ACL SETUSER takes them. They outlive
+	// Restart, which users made by ACL SETUSER don't.
+	Users []string
 	// Log receives what the server prints. Nil: only the end of it is kept, for errors.
 	Log io.Writer
 
@@ -129,6 +132,9 @@ func (r *Redis) config() string {
 		"maxmemory-policy noeviction",
 		"daemonize no",
 		"repl-diskless-sync-delay 0", // a replica waits for no other
+	}
+	for _, user := range r.cfg.Users {
+		lines = append(lines, "user "+user)
 	}
 	if master := r.cfg.ReplicaOf; master != nil {
 		lines = append(lines, "replicaof 127.0.0.1 "+strconv.Itoa(master.port))

@@ -39,6 +39,23 @@ func TestRedis_ThePasswordIsOnNoCommandLine(t *testing.T) {
 	}
 }
 
+func TestRedis_UsersHaveTheirRightsAloneAfterARestartToo(t *testing.T) {
+	t.Parallel()
+	r := newRedis(t, RedisConfig{Users: []string{"reader on >hush ~a:* -@all +ping +get (~b:* +get +set)"}})
+	if err := r.Restart(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	reader := redisClient(t, strings.Replace(r.URL(), ":"+r.password, "reader:hush", 1))
+	for _, err := range []error{reader.Ping(t.Context()).Err(), reader.Set(t.Context(), "b:1", "x", 0).Err()} {
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	if err := reader.Set(t.Context(), "a:1", "x", 0).Err(); !redis.HasErrorPrefix(err, "NOPERM") {
+		t.Errorf("a key that it may only read: %v", err)
+	}
+}
+
 func TestRedis_DatabasesAreApart(t *testing.T) {
 	t.Parallel()
 	r := newRedis(t, RedisConfig{})

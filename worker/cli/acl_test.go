@@ -7,8 +7,6 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
-	"os"
-	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -29,14 +27,10 @@ import (
 // returns the URL of each by its name in the docs.
 func aclUsers(t *testing.T, b *bundle) map[string]string {
 	t.Helper()
-	docs, err := os.ReadFile("../../docs/security.md")
-	if err != nil {
-		t.Fatal(err)
-	}
 	rdb, u := b.Redis(t), testservers.ParseURL(t, b.RedisURL)
 	urls := make(map[string]string)
-	for _, m := range regexp.MustCompile(`(?m)^ACL SETUSER (\w+) on >PASSWORD (.*)$`).FindAllStringSubmatch(string(docs), -1) {
-		name, rules := m[1]+"-of-"+strings.Trim(u.Path, "/"), m[2] // users are the server's, not the database's
+	for user, rules := range workertest.ACLUsers(t, "../../docs/security.md") {
+		name := user + "-of-" + strings.Trim(u.Path, "/") // users are the server's, not the database's
 		args := []any{"ACL", "SETUSER", name, "on", ">hush"}
 		selector := ""
 		for rule := range strings.FieldsSeq(rules) { // a selector is one argument, with spaces
@@ -59,12 +53,7 @@ func aclUsers(t *testing.T, b *bundle) map[string]string {
 		})
 		of := *u
 		of.User = url.UserPassword(name, "hush")
-		urls[m[1]] = of.String()
-	}
-	for _, name := range []string{"worker", "enqueue", "enqueue_and_wait"} {
-		if urls[name] == "" {
-			t.Fatalf("docs/security.md has no user %s", name)
-		}
+		urls[user] = of.String()
 	}
 	return urls
 }

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"sync"
 	"syscall"
 	"testing"
@@ -219,6 +220,26 @@ func Eventually(t testing.TB, what string, holds func() bool) {
 
 // Discard is a log that nobody reads.
 func Discard() *slog.Logger { return slog.New(slog.NewJSONHandler(io.Discard, nil)) }
+
+// ACLUsers are the users of Redis that docs/security.md has: by its name there, the rules of each after its password, as ACL
+// SETUSER takes them. security is the path of the page from the test's folder.
+func ACLUsers(t testing.TB, security string) map[string]string {
+	t.Helper()
+	page, err := os.ReadFile(security)
+	if err != nil {
+		t.Fatal(err)
+	}
+	users := make(map[string]string)
+	for _, m := range regexp.MustCompile(`(?m)^ACL SETUSER (\w+) on >PASSWORD (.*)$`).FindAllStringSubmatch(string(page), -1) {
+		users[m[1]] = m[2]
+	}
+	for _, name := range []string{"worker", "enqueue", "enqueue_and_wait"} {
+		if users[name] == "" {
+			t.Fatalf("%s has no user %s", security, name)
+		}
+	}
+	return users
+}
 
 // Exec executes a statement on the bundle's database.
 func (b *Bundle) Exec(t *testing.T, sql string) {
