@@ -30,7 +30,7 @@ type statusCmd struct {
 func (*statusCmd) Help() string {
 	return `Of an instance, which is one worker process:
 
-  HANDS     how many jobs it runs, of how many at most at once (WORKER_CONCURRENCY)
+  SLOTS     how many jobs it runs, of how many at most at once (WORKER_CONCURRENCY)
   POOL IN   connections of its pool that are open and idle, and
   OUT       those that jobs have
   OVERFLOW  how many of them are beyond DB_POOL_SIZE, and closed soon after
@@ -133,7 +133,7 @@ func printStatus(out *bytes.Buffer, s *admin.Status, paint painter) {
 	if len(s.Instances) == 0 {
 		fmt.Fprintln(w, paint(red, "no instance is up"))
 	} else {
-		fmt.Fprintln(w, "INSTANCE\tVERSION\tUP SINCE\tHANDS\tPOOL IN\tOUT\tOVERFLOW\tWAITING\t"+paint(normal, "DATABASE")+"\tQUEUES")
+		fmt.Fprintln(w, "INSTANCE\tVERSION\tUP SINCE\tSLOTS\tPOOL IN\tOUT\tOVERFLOW\tWAITING\t"+paint(normal, "DATABASE")+"\tQUEUES")
 	}
 	for _, i := range s.Instances {
 		database := paint(normal, "there")

@@ -161,7 +161,7 @@ func TestStatus_ShowsTheFleetTheQueuesAndTheOutbox(t *testing.T) {
 	var text bytes.Buffer
 	printStatus(&text, now, unpainted)
 	want := []string{
-		"INSTANCE VERSION UP SINCE HANDS POOL IN OUT OVERFLOW WAITING DATABASE QUEUES",
+		"INSTANCE VERSION UP SINCE SLOTS POOL IN OUT OVERFLOW WAITING DATABASE QUEUES",
 		"a-00000001 1.2.3 2027-01-15 08:00:00Z 7/10 1 6 2 4 there critical=6,default=3",
 		"b-00000002 1.2.3 2027-01-15 09:00:00Z 7/10 1 6 2 4 AWAY critical=6,default=3",
 		"! b-00000002: transactional jobs can't begin: permission denied",
@@ -408,7 +408,7 @@ func TestStatus_HelpExplainsItsWords(t *testing.T) {
 	t.Parallel()
 	stdout, _, _ := (Program{Name: "worker"}).run(t, "status", "--help")
 	for _, word := range []string{
-		"HANDS", "POOL IN", "OUT", "OVERFLOW", "WAITING", "DATABASE", "PENDING", "ACTIVE", "SCHEDULED", "RETRY", "ARCHIVED", "LATENCY", "PAUSED", "waiting", "set aside",
+		"SLOTS", "POOL IN", "OUT", "OVERFLOW", "WAITING", "DATABASE", "PENDING", "ACTIVE", "SCHEDULED", "RETRY", "ARCHIVED", "LATENCY", "PAUSED", "waiting", "set aside",
 	} {
 		if !regexp.MustCompile(`(?m)^ +` + word + ` +[a-zA-Z]`).MatchString(stdout) {
 			t.Errorf("%s is not explained:\n%s", word, stdout)
