@@ -314,22 +314,7 @@ func blueprintIsAccepted(t *testing.T, p program) {
 		if command == "" {
 			continue
 		}
-		var settings []string
-		for _, v := range s.EnvVars {
-			// In Render's forms.
-			value := ""
-			switch {
-			case v.FromDatabase != nil:
-				value = "postgresql://carpool:pa55word@dpg-abc123-a/carpool"
-			case v.FromService != nil:
-				value = "redis://red-abc123:6379"
-			case v.GenerateValue:
-				value = base64.StdEncoding.EncodeToString(bytes.Repeat([]byte{0xfb}, 32))
-			case !v.Value.IsZero():
-				value = v.Value.Value
-			}
-			settings = append(settings, v.Key+"="+value)
-		}
+		settings := s.environment("postgresql://carpool:pa55word@dpg-abc123-a/carpool", "redis://red-abc123:6379") // in Render's forms
 		if command == "monitor" {
 			p.startsMonitor(t, settings)
 			continue
@@ -337,6 +322,27 @@ func blueprintIsAccepted(t *testing.T, p program) {
 		p.accepts(t, settings)
 	}
 }
+
+// environment are the service's variables, as NAME=value, where Postgres and Redis have these
+// URLs. What Render generates is of its form.
+func (s service) environment(databaseURL, redisURL string) (env []string) {
+	for _, v := range s.EnvVars {
+		value := v.Value.Value
+		switch {
+		case v.FromDatabase != nil:
+			value = databaseURL
+		case v.FromService != nil:
+			value = redisURL
+		case v.GenerateValue:
+			value = generated
+		}
+		env = append(env, v.Key+"="+value)
+	}
+	return env
+}
+
+// generated is what Render might generate: base64 of 32 bytes.
+var generated = base64.StdEncoding.EncodeToString(bytes.Repeat([]byte{0xfb}, 32))
 
 // Each is a fault that Render or a deploy would answer with an error, or, worse, not at all.
 func TestBlueprint_FaultsAreFound(t *testing.T) {

@@ -1,7 +1,6 @@
 package deploytest
 
 import (
-	"bytes"
 	"fmt"
 	"go/ast"
 	"go/parser"
@@ -19,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/carpool-go/carpool/internal/testservers"
 	"github.com/carpool-go/carpool/worker"
 )
 
@@ -267,9 +267,7 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
-	code := m.Run()
-	_ = os.RemoveAll(buildDir)
-	os.Exit(code)
+	testservers.Main(m, func() { _ = os.RemoveAll(buildDir) })
 }
 
 // builtVersion is the version of the programs that are built here.
@@ -371,36 +369,50 @@ func (p program) startsMonitor(t *testing.T, settings []string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(path, "monitor", "--addr", address)
-	cmd.Env = settings
-	var said bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &said, &said
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	ended := make(chan struct{})
-	go func() {
-		defer close(ended)
-		_ = cmd.Wait()
-	}()
-	defer func() {
-		_ = cmd.Process.Kill()
-		<-ended
-	}()
+	monitor := start(t, settings, path, "monitor", "--addr", address)
 	for giveUp := time.Now().Add(time.Minute); ; time.Sleep(50 * time.Millisecond) {
 		out, err := run(".", []string{"MONITOR_ADDR=" + address}, path, "health", "--monitor")
 		if err == nil && out == "ok\n" {
 			return
 		}
 		select {
-		case <-ended:
-			t.Fatalf("%s does not accept %q:\n%s", p.program, settings, &said)
+		case <-monitor.ended:
+			t.Fatalf("%s does not accept %q:\n%s", p.program, settings, &monitor.said)
 		default:
 		}
 		if time.Now().After(giveUp) {
 			t.Fatalf("the monitor's health: %v", err)
 		}
 	}
+}
+
+// running is a program in the background.
+type running struct {
+	cmd   *exec.Cmd
+	said  testservers.Log
+	ended chan struct{}
+}
+
+// start starts a program, which ends with the test at the latest.
+func start(t *testing.T, env []string, program string, args ...string) *running {
+	t.Helper()
+	r := &running{cmd: exec.Command(program, args...), ended: make(chan struct{})}
+	r.cmd.Env, r.cmd.Stdout, r.cmd.Stderr = env, &r.said, &r.said
+	if err := r.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		defer close(r.ended)
+		_ = r.cmd.Wait()
+	}()
+	t.Cleanup(func() {
+		_ = r.cmd.Process.Kill()
+		<-r.ended
+		if t.Failed() {
+			t.Logf("%s %s said:\n%s", filepath.Base(program), strings.Join(args, " "), &r.said)
+		}
+	})
+	return r
 }
 
 // freeAddress is one where nobody listens.
