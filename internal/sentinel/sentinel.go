@@ -8,6 +8,7 @@ package sentinel
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -70,7 +71,7 @@ func (d *dialer) dial(ctx context.Context, network, _ string) (net.Conn, error) 
 		if failed == nil || ctx.Err() == nil {
 			failed = err
 		}
-		if _, searched := errors.AsType[*Error](err); searched || wait.For(ctx, pause) != nil {
+		if _, searched := errors.AsType[*Error](err); searched || isOfCertificates(err) || wait.For(ctx, pause) != nil {
 			return nil, failed
 		}
 	}
@@ -123,7 +124,7 @@ func (d *dialer) ask(ctx context.Context, addr string) (master string, err error
 		if err == nil && len(named) == 2 {
 			return net.JoinHostPort(named[0], named[1]), nil
 		}
-		if _, answered := errors.AsType[redis.Error](err); answered {
+		if _, answered := errors.AsType[redis.Error](err); answered || isOfCertificates(err) {
 			return "", err
 		}
 		if failed == nil || ctx.Err() == nil {
@@ -133,6 +134,14 @@ func (d *dialer) ask(ctx context.Context, addr string) (master string, err error
 			return "", failed
 		}
 	}
+}
+
+// isOfCertificates reports whether TLS has failed by a certificate, the server's or the
+// client's, which another attempt finds as it is.
+func isOfCertificates(err error) bool {
+	_, ofServer := errors.AsType[*tls.CertificateVerificationError](err)
+	e, ok := errors.AsType[*net.OpError](err)
+	return ofServer || ok && e.Op == "remote error" // an alert of TLS
 }
 
 // Error says that no Sentinel has named the master, and what to do. It wraps the answers of

@@ -105,7 +105,7 @@ func (p *Postgres) CAFile() string { return filepath.Join(p.home.dir, "server.cr
 // prepare makes the files of a new server, or takes over those of an earlier one.
 func (p *Postgres) prepare(ctx context.Context, candidates []identity) error {
 	if p.cfg.TLS {
-		if err := writeCertificate(p.CAFile(), p.keyFile()); err != nil {
+		if err := WriteCertificate(p.CAFile(), p.keyFile(), Certificate{}); err != nil {
 			return err
 		}
 	}

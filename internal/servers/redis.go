@@ -25,7 +25,8 @@ type RedisConfig struct {
 	// AppendFsync is "always" or "everysec": the data outlives Kill and Restart, and the server if Dir is set. Empty: it
 	// does not.
 	AppendFsync string
-	// ReplicaOf is the server that this one copies; its start returns when it has a copy. Both have one password. Nil: none.
+	// ReplicaOf is the server that this one copies; its start returns when it has a copy. Both have one password, and both
+	// have TLS or neither. Nil: none.
 	ReplicaOf *Redis
 	// TLS has the server speak TLS on a port of its own too (TLSURL), with a certificate for localhost and 127.0.0.1 (CAFile),
 	// which is also what it takes from clients and wants of them.
@@ -94,8 +95,8 @@ func (r *Redis) startAtHome(ctx context.Context, lookPath func(string) (string, 
 	if r.home, err = newHome(r.cfg.Dir, temporaryRoot(), "carpool-redis-"); err != nil {
 		return err
 	}
-	if r.cfg.TLS {
-		if err := writeCertificate(r.CAFile(), r.KeyFile()); err != nil {
+	if r.cfg.TLS && r.elder() == nil {
+		if err := WriteCertificate(r.CAFile(), r.KeyFile(), Certificate{}); err != nil {
 			return errors.Join(err, r.home.abandon())
 		}
 	}
@@ -137,21 +138,45 @@ func (r *Redis) config() string {
 		lines = append(lines, "user "+user)
 	}
 	if master := r.cfg.ReplicaOf; master != nil {
-		lines = append(lines, "replicaof 127.0.0.1 "+strconv.Itoa(master.port))
+		lines = append(lines, "replicaof 127.0.0.1 "+strconv.Itoa(master.replicationPort()))
 	}
 	if r.cfg.cluster != "" {
 		lines = append(lines, "cluster-enabled yes", "cluster-port "+strconv.Itoa(r.busPort), "cluster-node-timeout 1000")
 	}
-	if r.cfg.TLS {
-		lines = append(lines, "tls-port "+strconv.Itoa(r.tlsPort), "tls-cert-file "+strconv.Quote(r.CAFile()), "tls-key-file "+strconv.Quote(r.KeyFile()),
-			"tls-ca-cert-file "+strconv.Quote(r.CAFile()), "tls-auth-clients yes")
-	}
+	lines = append(lines, r.tls()...)
 	if r.cfg.AppendFsync == "" {
 		lines = append(lines, "appendonly no")
 	} else {
 		lines = append(lines, "appendonly yes", "appendfsync "+r.cfg.AppendFsync)
 	}
 	return strings.Join(lines, "\n") + "\n"
+}
+
+// tls are the lines of the configuration that have it speak TLS, with clients and with its like.
+func (r *Redis) tls() []string {
+	if !r.cfg.TLS {
+		return nil
+	}
+	return []string{
+		"tls-port " + strconv.Itoa(r.tlsPort), "tls-cert-file " + strconv.Quote(r.CAFile()), "tls-key-file " + strconv.Quote(r.KeyFile()),
+		"tls-ca-cert-file " + strconv.Quote(r.CAFile()), "tls-auth-clients yes", "tls-replication yes",
+	}
+}
+
+// replicationPort is the port that its replicas and sentinels go to.
+func (r *Redis) replicationPort() int {
+	if r.cfg.TLS {
+		return r.tlsPort
+	}
+	return r.port
+}
+
+// elder is the server whose certificate this one has too; nil if it has its own.
+func (r *Redis) elder() *Redis {
+	if r.sentinel != nil {
+		return r.sentinel.master
+	}
+	return r.cfg.ReplicaOf
 }
 
 func (r *Redis) start(ctx context.Context) error {
@@ -217,17 +242,26 @@ func (r *Redis) says(ctx context.Context, command, text string) func() bool {
 }
 
 // CAFile is the certificate to trust, and KeyFile its key, in PEM. They exist if the server was started with TLS, which asks
-// clients for a certificate of the same authority, as this one is.
-func (r *Redis) CAFile() string { return filepath.Join(r.home.dir, "server.crt") }
+// clients for a certificate of the same authority, as this one is. A replica and a sentinel have their master's.
+func (r *Redis) CAFile() string { return r.certificate("server.crt") }
 
 // KeyFile is the key of CAFile.
-func (r *Redis) KeyFile() string { return filepath.Join(r.home.dir, "server.key") }
+func (r *Redis) KeyFile() string { return r.certificate("server.key") }
+
+func (r *Redis) certificate(file string) string {
+	if elder := r.elder(); elder != nil {
+		return elder.certificate(file)
+	}
+	return filepath.Join(r.home.dir, file)
+}
 
 // TLSURL leads to database 0 over TLS, without the files that a client needs.
 func (r *Redis) TLSURL() string {
-	u := url.URL{Scheme: "rediss", User: url.UserPassword("", r.password), Host: net.JoinHostPort("127.0.0.1", strconv.Itoa(r.tlsPort)), Path: "/0"}
+	u := url.URL{Scheme: "rediss", User: url.UserPassword("", r.password), Host: r.tlsAddr(), Path: "/0"}
 	return u.String()
 }
+
+func (r *Redis) tlsAddr() string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(r.tlsPort)) }
 
 func (r *Redis) addr() string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(r.port)) }
 

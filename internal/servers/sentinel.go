@@ -26,7 +26,7 @@ const (
 )
 
 // StartRedisTrio starts the five of them on free ports, all with one password, and returns when the sentinels know the
-// replica and each other. A master is away when it has given no answer for a second. cfg is that of the servers; its Dir
+// replica and each other. With TLS all of them have one certificate, and speak TLS among themselves. A master is away when it has given no answer for a second. cfg is that of the servers; its Dir
 // and Port must not be set. The context bounds the start alone.
 func StartRedisTrio(ctx context.Context, cfg RedisConfig) (trio *RedisTrio, err error) {
 	if cfg.Dir != "" || cfg.Port != 0 || cfg.ReplicaOf != nil {
@@ -47,7 +47,7 @@ func StartRedisTrio(ctx context.Context, cfg RedisConfig) (trio *RedisTrio, err 
 		cfg.ReplicaOf = trio.Servers[0]
 	}
 	for range 3 {
-		r := &Redis{cfg: RedisConfig{Log: cfg.Log}, password: trio.Servers[0].password, sentinel: &sentinel{trio.Servers[0]}}
+		r := &Redis{cfg: RedisConfig{TLS: cfg.TLS, Log: cfg.Log}, password: trio.Servers[0].password, sentinel: &sentinel{trio.Servers[0]}}
 		if err := r.startAtHome(ctx, exec.LookPath); err != nil {
 			return nil, fmt.Errorf("servers: start a sentinel: %w", err)
 		}
@@ -62,10 +62,21 @@ func StartRedisTrio(ctx context.Context, cfg RedisConfig) (trio *RedisTrio, err 
 }
 
 // URL leads to database 0 of the master by the sentinels, as tasks.OpenRedis takes it.
-func (t *RedisTrio) URL() string {
+func (t *RedisTrio) URL() string { return t.url("redis-sentinel", addrs(t.Sentinels)) }
+
+// TLSURL is URL over TLS, without the files that a client needs: CAFile and KeyFile of the servers.
+func (t *RedisTrio) TLSURL() string {
+	var hosts []string
+	for _, r := range t.Sentinels {
+		hosts = append(hosts, r.tlsAddr())
+	}
+	return t.url("rediss-sentinel", strings.Join(hosts, ","))
+}
+
+func (t *RedisTrio) url(scheme, hosts string) string {
 	u := url.URL{
-		Scheme: "redis-sentinel", User: url.UserPassword("", t.Servers[0].password),
-		Host: addrs(t.Sentinels), Path: "/0", RawQuery: "master=" + trioMaster,
+		Scheme: scheme, User: url.UserPassword("", t.Servers[0].password),
+		Host: hosts, Path: "/0", RawQuery: "master=" + trioMaster,
 	}
 	return u.String()
 }
@@ -89,11 +100,12 @@ func (s *sentinel) command(r *Redis) (*exec.Cmd, error) {
 			"dir " + strconv.Quote(r.home.dir),
 			"requirepass " + r.password,
 			"sentinel sentinel-pass " + r.password,
-			fmt.Sprintf("sentinel monitor %s 127.0.0.1 %d %d", trioMaster, s.master.port, sentinelQuorum),
+			fmt.Sprintf("sentinel monitor %s 127.0.0.1 %d %d", trioMaster, s.master.replicationPort(), sentinelQuorum),
 			"sentinel auth-pass " + trioMaster + " " + r.password,
 			"sentinel down-after-milliseconds " + trioMaster + " 1000",
 			"sentinel failover-timeout " + trioMaster + " 5000",
 		}
+		lines = append(lines, r.tls()...)
 		if err := os.WriteFile(file, []byte(strings.Join(lines, "\n")+"\n"), 0o600); err != nil {
 			return nil, fmt.Errorf("write the sentinel's configuration: %w", err)
 		}

@@ -79,6 +79,9 @@ func redisFault(rawURL string, err error) *fault {
 	at := hosts(rawURL)
 	reply, answered := errors.AsType[redis.Error](err)
 	noMaster, bySentinel := errors.AsType[*sentinel.Error](err)
+	if f := redisCertificateFault(rawURL, err); f != nil && !answered {
+		return f
+	}
 	switch {
 	case bySentinel && (!answered || errors.Is(err, redis.Nil)):
 		return &fault{what: noMaster.Error()}
@@ -99,18 +102,56 @@ func redisFault(rawURL string, err error) *fault {
 			}
 		}
 		return nil
-	case isUnknownAuthority(err):
-		return &fault{"the certificate of Redis at " + at + " can't be trusted", err, "name the file of its authority in the URL: ?sslrootcert=/path/to/ca.pem", true}
 	case strings.Contains(rawURL, "-sentinel://"):
 		return &fault{"Redis cannot be reached at the master that the Sentinels at " + at + " name", err, "", false}
 	}
 	return &fault{"Redis at " + at + " cannot be reached", err, "", false}
 }
 
-func isUnknownAuthority(err error) bool {
-	_, ok := errors.AsType[x509.UnknownAuthorityError](err)
-	return ok
+// redisCertificateFault is certificateFault for Redis and for its Sentinels.
+func redisCertificateFault(rawURL string, err error) *fault {
+	at := hosts(rawURL)
+	if noMaster, ok := errors.AsType[*sentinel.Error](err); ok {
+		return certificateFault("the Sentinels at "+at, errors.Join(noMaster.Errs...))
+	}
+	if strings.Contains(rawURL, "-sentinel://") {
+		return certificateFault("the master that the Sentinels at "+at+" name", err)
+	}
+	return certificateFault("Redis at "+at, err)
 }
+
+// certificateFault is what is wrong with the certificate of a server, or with what a server
+// has been shown by us; nil if err is of something else.
+func certificateFault(server string, err error) *fault {
+	if e, ok := errors.AsType[x509.UnknownAuthorityError](err); ok {
+		return &fault{"the certificate of " + server + " can't be trusted", e, "name the file of its authority in the URL: ?sslrootcert=/path/to/ca.pem", true}
+	}
+	if e, ok := errors.AsType[x509.CertificateInvalidError](err); ok {
+		f := &fault{"the certificate of " + server + " is not valid", e, "", true}
+		if e.Reason == x509.Expired {
+			f.wayOut = "renew it, unless this machine's clock is wrong"
+		}
+		return f
+	}
+	if e, ok := errors.AsType[x509.HostnameError](err); ok {
+		return &fault{"the certificate of " + server + " is for another name", e, "the URL must have a name or address that is in the certificate", true}
+	}
+	// The server has refused the handshake, and says why by TLS' own means.
+	if e, ok := errors.AsType[*net.OpError](err); ok && e.Op == "remote error" {
+		what, wayOut := "this client's certificate is refused by "+server, "sslcert in the URL must name one that is valid and of an authority that the server trusts"
+		switch {
+		case strings.Contains(e.Err.Error(), "certificate required"):
+			what, wayOut = "a certificate is demanded by "+server, showCertificate
+		case !strings.Contains(e.Err.Error(), "certificate"):
+			return nil
+		}
+		return &fault{what, e.Err, wayOut, true}
+	}
+	return nil
+}
+
+// showCertificate is the way out where a server demands a certificate of its clients.
+const showCertificate = "name one and its key in the URL: sslcert=/path/to/client.crt&sslkey=/path/to/client.key"
 
 func postgresFault(rawURL string, err error) *fault {
 	connect, connecting := errors.AsType[*pgconn.ConnectError](err)
@@ -124,6 +165,9 @@ func postgresFault(rawURL string, err error) *fault {
 			return &fault{"Postgres takes no connection", connect, "", false}
 		}
 	case connecting:
+		if f := certificateFault("Postgres", err); f != nil {
+			return f
+		}
 		return &fault{"Postgres cannot be reached", connect, "", false}
 	case dbpool.IsAway(err):
 		return &fault{"Postgres cannot be reached", err, "", false}
@@ -136,8 +180,10 @@ func postgresFault(rawURL string, err error) *fault {
 // the text of a message may be in any language.
 func postgresRefusal(rawURL string, e *pgconn.PgError, connecting bool) *fault {
 	var role, database string
+	showsNone := false // over TLS
 	if cfg, err := pgx.ParseConfig(rawURL); err == nil {
 		role, database = cfg.User, cfg.Database
+		showsNone = cfg.TLSConfig != nil && len(cfg.TLSConfig.Certificates) == 0
 	}
 	quotedRole, quotedDatabase := pgx.Identifier{role}.Sanitize(), pgx.Identifier{database}.Sanitize()
 	f := &fault{err: e, forGood: true}
@@ -146,7 +192,10 @@ func postgresRefusal(rawURL string, e *pgconn.PgError, connecting bool) *fault {
 		f.what = refusedLogin
 	case pgerrcode.InvalidAuthorizationSpecification:
 		f.what = refusedLogin
-		if e.Routine == "InitializeSessionUserId" {
+		switch {
+		case e.Routine == "ClientAuthentication" && showsNone && !strings.Contains(e.Message, "pg_hba.conf"): // which is in its other messages
+			f.what, f.wayOut = "a certificate is demanded by Postgres", showCertificate
+		case e.Routine == "InitializeSessionUserId":
 			f.wayOut = "createuser " + role + " makes the role; ALTER ROLE " + quotedRole + " LOGIN lets one in that there is"
 		}
 	case pgerrcode.InvalidCatalogName:

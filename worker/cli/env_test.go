@@ -8,8 +8,8 @@ import (
 	"github.com/alecthomas/kong"
 )
 
-// servers is a grammar whose settings are read by kong itself.
-type servers struct {
+// serverSettings is a grammar whose settings are read by kong itself.
+type serverSettings struct {
 	Run struct {
 		URL   string   `env:"CLI_TEST_URL,CLI_TEST_OLD_URL" help:"Where to."`
 		Size  int      `env:"CLI_TEST_SIZE" default:"5" help:"Connections."`
@@ -44,7 +44,7 @@ func TestParser_TakesVariablesFromItsFunctionOnly(t *testing.T) {
 		"a flag wins over what is wrong with it": {map[string]string{"CLI_TEST_SIZE": "x"}, []string{"run", "--size=9"}, "", 9, "text"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			var grammar servers
+			var grammar serverSettings
 			parser, err := newParser(&grammar, variables(c.env), kong.Name("shop"))
 			if err != nil {
 				t.Fatal(err)
@@ -73,7 +73,7 @@ func TestParser_ChecksWhatVariablesHold(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			parser, err := newParser(new(servers), variables(c.env), kong.Name("shop"))
+			parser, err := newParser(new(serverSettings), variables(c.env), kong.Name("shop"))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -88,7 +88,7 @@ func TestParser_ChecksWhatVariablesHold(t *testing.T) {
 func TestParser_ShowsVariablesInHelp(t *testing.T) {
 	t.Parallel()
 	var out bytes.Buffer
-	parser, err := newParser(new(servers), variables(nil), kong.Name("shop"), kong.Writers(&out, &out), kong.Exit(func(int) {}))
+	parser, err := newParser(new(serverSettings), variables(nil), kong.Name("shop"), kong.Writers(&out, &out), kong.Exit(func(int) {}))
 	if err != nil {
 		t.Fatal(err)
 	}
