@@ -88,6 +88,7 @@ func TestSentinels_OverTLSAJobRunsAndAWrongCertificateIsOneClearError(t *testing
 	for _, r := range trio.Sentinels[1:] {
 		r.Kill()
 	}
+	one := &servers.RedisTrio{Servers: trio.Servers, Sentinels: trio.Sentinels[:1]}
 	certify := func(c servers.Certificate, restart *servers.Redis) (trust string) {
 		t.Helper()
 		if err := servers.WriteCertificate(served, servedKey, c); err != nil {
@@ -109,9 +110,9 @@ func TestSentinels_OverTLSAJobRunsAndAWrongCertificateIsOneClearError(t *testing
 		which *servers.Redis
 	}{{ofMaster, trio.Servers[0]}, {ofSentinels, trio.Sentinels[0]}} {
 		trust := certify(expired, c.which)
-		isSaid("an expired certificate", withFilesOfSeveral(trio.TLSURL(), trust, ca, key), c.of, "certificate has expired", renew)
+		isSaid("an expired certificate", withFilesOfSeveral(one.TLSURL(), trust, ca, key), c.of, "certificate has expired", renew)
 		trust = certify(misnamed, c.which)
-		isSaid("a certificate for another name", withFilesOfSeveral(trio.TLSURL(), trust, ca, key), c.of, "is for another name: x509: ", byName)
+		isSaid("a certificate for another name", withFilesOfSeveral(one.TLSURL(), trust, ca, key), c.of, "is for another name: x509: ", byName)
 	}
 }
 
