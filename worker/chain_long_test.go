@@ -18,7 +18,7 @@ import (
 // killed again and again.
 func TestLong_ChainsOfTenThousandStepsThroughEightKills(t *testing.T) {
 	const chains, steps, kills = 20, 500, 8
-	l := openLongRun(t, testservers.Redis(t))
+	l := installMigrated(t, testservers.Redis(t))
 	// Nothing is unique: doubles must show.
 	l.exec(t, "CREATE TABLE steps (chain int, step int, at timestamptz DEFAULT clock_timestamp())")
 	worker := l.start(t, `"msg":"worker started"`, "run")

@@ -22,7 +22,7 @@ func TestLong_AMasterOfAClusterIsKilled(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	l := openLongRun(t, cluster.URL())
+	l := installMigrated(t, cluster.URL())
 	l.exec(t, "CREATE TABLE effects (job_id text, n int, at timestamptz DEFAULT clock_timestamp())")
 	for range 2 {
 		l.start(t, `"msg":"worker started"`, "run")

@@ -25,7 +25,7 @@ import (
 // then works them off. Replication is asynchronous, so a job that a client has enqueued may be
 // lost to Redis itself; none may be lost that the master's replica has got, and none of the
 // outbox's. None may have two effects.
-func (l *longRun) losesNothing(t *testing.T, rdb redis.UniversalClient, replicaURL string, fail func()) {
+func (l *installation) losesNothing(t *testing.T, rdb redis.UniversalClient, replicaURL string, fail func()) {
 	t.Helper()
 	const before, after = 4 * time.Second, 12 * time.Second
 	replicated := watchReplica(t, replicaURL)
@@ -94,44 +94,6 @@ func (l *longRun) losesNothing(t *testing.T, rdb redis.UniversalClient, replicaU
 			t.Errorf("job %s is lost, and the replica had it", id)
 		}
 	}
-}
-
-// effects counts the effects of each job, which must be one.
-func (l *longRun) effects(t *testing.T) map[string]int {
-	t.Helper()
-	rows, err := l.db.Query(t.Context(), "SELECT job_id, count(*) FROM effects GROUP BY 1")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer rows.Close()
-	effects := make(map[string]int)
-	for rows.Next() {
-		var id string
-		var n int
-		if err := rows.Scan(&id, &n); err != nil {
-			t.Fatal(err)
-		}
-		if effects[id] = n; n != 1 {
-			t.Errorf("job %s has %d effects", id, n)
-		}
-	}
-	if err := rows.Err(); err != nil {
-		t.Fatal(err)
-	}
-	return effects
-}
-
-// jobs are those that were enqueued for certain.
-type jobs struct {
-	mu      sync.Mutex
-	ids     []string
-	longest time.Duration // that the enqueueing of one took
-}
-
-func (j *jobs) add(id string) {
-	j.mu.Lock()
-	defer j.mu.Unlock()
-	j.ids = append(j.ids, id)
 }
 
 func (j *jobs) took(d time.Duration) {

@@ -31,7 +31,7 @@ func TestLong_TheMasterIsKilledAndSentinelsPutTheReplicaInItsPlace(t *testing.T)
 			t.Error(err)
 		}
 	})
-	l := openLongRun(t, trio.URL())
+	l := installMigrated(t, trio.URL())
 	l.exec(t, "CREATE TABLE effects (job_id text, n int, at timestamptz DEFAULT clock_timestamp())")
 	for range 2 {
 		l.start(t, `"msg":"worker started"`, "run")
@@ -42,7 +42,7 @@ func TestLong_TheMasterIsKilledAndSentinelsPutTheReplicaInItsPlace(t *testing.T)
 }
 
 // everyCommandOfRedis runs the commands that need Redis, one after the other.
-func (l *longRun) everyCommandOfRedis(t *testing.T, rdb redis.UniversalClient) {
+func (l *installation) everyCommandOfRedis(t *testing.T, rdb redis.UniversalClient) {
 	t.Helper()
 	for _, id := range []string{"spoilt-1", "spoilt-2"} {
 		task := asynq.NewTask("chaos:effect", []byte(`{"what": 1}`))
@@ -93,19 +93,4 @@ func (l *longRun) everyCommandOfRedis(t *testing.T, rdb redis.UniversalClient) {
 	if body, err := io.ReadAll(resp.Body); err != nil || resp.StatusCode != http.StatusOK || !strings.Contains(string(body), `"default"`) {
 		t.Errorf("the monitor answers %d, %s, error %v", resp.StatusCode, body, err)
 	}
-}
-
-// runs runs a command to its end, which must be a good one, and returns what it prints.
-func (l *longRun) runs(t *testing.T, wants string, args ...string) string {
-	t.Helper()
-	cmd := l.command(t, args...)
-	var errs strings.Builder
-	cmd.Stderr = &errs
-	stop := time.AfterFunc(time.Minute, func() { _ = cmd.Process.Kill() })
-	defer stop.Stop()
-	out, err := cmd.Output()
-	if err != nil || !strings.Contains(string(out), wants) {
-		t.Errorf("%q: %v, want %q\n%s%s", args, err, wants, out, errs.String())
-	}
-	return strings.TrimSpace(string(out))
 }
