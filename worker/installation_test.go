@@ -179,9 +179,8 @@ func (l *installation) effects(t *testing.T) map[string]int {
 
 // jobs are those that were enqueued for certain.
 type jobs struct {
-	mu      sync.Mutex
-	ids     []string
-	longest time.Duration // that the enqueueing of one took
+	mu  sync.Mutex
+	ids []string
 }
 
 func (j *jobs) add(id string) {

@@ -33,7 +33,7 @@ func (l *installation) losesNothing(t *testing.T, rdb redis.UniversalClient, rep
 	ctx, stop := context.WithTimeout(t.Context(), before+after)
 	defer stop()
 	var producers sync.WaitGroup
-	ofOutbox, ofClient := new(jobs), new(jobs)
+	ofOutbox, ofClient := new(jobs), new(timedJobs)
 	for p := range 2 {
 		producers.Go(func() {
 			for n := 0; ctx.Err() == nil; n++ {
@@ -96,7 +96,13 @@ func (l *installation) losesNothing(t *testing.T, rdb redis.UniversalClient, rep
 	}
 }
 
-func (j *jobs) took(d time.Duration) {
+// timedJobs are jobs with the longest time that the enqueueing of one took.
+type timedJobs struct {
+	jobs
+	longest time.Duration
+}
+
+func (j *timedJobs) took(d time.Duration) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	j.longest = max(j.longest, d)
