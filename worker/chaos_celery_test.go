@@ -20,29 +20,13 @@ import (
 
 	"github.com/redis/go-redis/v9"
 
+	"github.com/carpool-go/carpool/internal/servers"
 	"github.com/carpool-go/carpool/worker/internal/workertest"
 )
 
 // celery is the chaos test's mode for comparison: Celery and SQLAlchemy, as
 // testdata/celery_app.py has them.
 const celery = "celery"
-
-const (
-	// celeryPython is Debian's Python; another one on PATH would lack its packages.
-	celeryPython   = "/usr/bin/python3"
-	celeryPackages = "python3-celery python3-redis python3-sqlalchemy python3-psycopg2"
-)
-
-// celeryMissing returns an error that says what to install, or nil.
-func celeryMissing() error {
-	out, err := exec.Command(celeryPython, "-c", "import celery, redis, sqlalchemy, psycopg2").CombinedOutput()
-	if err == nil {
-		return nil
-	}
-	reason := strings.TrimSpace(string(out))
-	reason = reason[strings.LastIndexByte(reason, '\n')+1:]
-	return fmt.Errorf("mode celery needs Debian's packages, which `apt-get install %s` installs: %w: %s", celeryPackages, err, reason)
-}
 
 // celeryMode is what a run with Celery has besides.
 type celeryMode struct {
@@ -52,7 +36,7 @@ type celeryMode struct {
 
 func newCelery(c *chaos) *celeryMode {
 	c.t.Helper()
-	if err := celeryMissing(); err != nil {
+	if err := servers.FindCelery(); err != nil {
 		c.t.Fatal(err)
 	}
 	options, err := redis.ParseURL(c.redis.URL())
@@ -73,7 +57,7 @@ func newCelery(c *chaos) *celeryMode {
 // celeryCommand is a Python program of testdata with a process group of its own, of
 // which a Celery worker's processes are all members.
 func celeryCommand(env []string, args ...string) *exec.Cmd {
-	cmd := exec.Command(celeryPython, args...)
+	cmd := exec.Command(servers.CeleryPython, args...)
 	cmd.Dir, cmd.Env = "testdata", append(slices.Clone(env), "PYTHONDONTWRITEBYTECODE=1")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	return cmd

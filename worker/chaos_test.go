@@ -44,7 +44,7 @@ func TestChaos_EveryEffectHappensExactlyOnce(t *testing.T) {
 	modes := []string{*chaosMode}
 	if *chaosMode == "all" {
 		modes = []string{protected, unprotected, plain, celery}
-		if err := celeryMissing(); err != nil {
+		if err := servers.FindCelery(); err != nil {
 			modes = modes[:3]
 			fmt.Println("without celery:", err)
 		}

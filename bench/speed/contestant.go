@@ -54,10 +54,10 @@ func (s spec) to(task string) spec {
 type report struct {
 	Left      int
 	Rate      float64       // jobs a second between one tenth of them and nine
-	CPUPerJob float64       // of this process, in µs, in that time
+	CPUPerJob float64       // of what works, in µs, in that time
 	P50, P99  time.Duration // from the call that enqueues a job to its handler
-	CPU       time.Duration // of this process, since its start
-	RSS       int64         // of this process, in bytes
+	CPU       time.Duration // of what works, since its start
+	RSS       int64         // of what works, in bytes
 }
 
 // contestant is what competes.
@@ -77,6 +77,9 @@ func contestants() map[string]contestant {
 		"carpool": {prepareCarpool, produceCarpool, asynqLeft, workCarpool},
 		"asynq":   {prepareAsynq, produceAsynq, asynqLeft, workAsynq},
 		"river":   {prepareRiver, produceRiver, riverLeft, workRiver},
+
+		"celery-threads": {prepareAsynq, produceCelery, celeryLeft, workCelery("threads")},
+		"celery-prefork": {prepareAsynq, produceCelery, celeryLeft, workCelery("prefork")},
 	}
 }
 
@@ -157,7 +160,8 @@ type recorder struct {
 	all     chan struct{} // is closed when all jobs have ended
 	begun   atomic.Int64
 	done    atomic.Int64
-	written atomic.Int64 // of those done
+	written atomic.Int64                          // of those done
+	usage   func() (cpu time.Duration, rss int64) // of what works
 	waits   []time.Duration
 	ended   []time.Time
 
@@ -167,7 +171,7 @@ type recorder struct {
 
 func newRecorder(jobs int) *recorder {
 	return &recorder{
-		started: make(chan struct{}), all: make(chan struct{}),
+		started: make(chan struct{}), all: make(chan struct{}), usage: usage,
 		waits: make([]time.Duration, jobs), ended: make([]time.Time, jobs),
 		tenth: jobs / 10, nineTenths: jobs * 9 / 10,
 	}
@@ -175,33 +179,43 @@ func newRecorder(jobs int) *recorder {
 
 // job is to be called for each job, with what it does.
 func (r *recorder) job(enqueued int64, do func() error) error {
-	if i := int(r.begun.Add(1)) - 1; i < len(r.waits) {
-		r.waits[i] = time.Since(time.Unix(0, enqueued))
-	}
+	r.begin(time.Since(time.Unix(0, enqueued)))
 	if err := do(); err != nil {
 		return err
 	}
+	r.end()
+	return nil
+}
+
+// begin is for a job that has begun, after having waited so long.
+func (r *recorder) begin(waited time.Duration) {
+	if i := int(r.begun.Add(1)) - 1; i < len(r.waits) {
+		r.waits[i] = waited
+	}
+}
+
+// end is for a job that has been done.
+func (r *recorder) end() {
 	i := int(r.done.Add(1)) - 1
 	if i >= len(r.ended) {
-		return nil // delivered twice
+		return // delivered twice
 	}
 	r.ended[i] = time.Now()
 	switch i {
 	case r.tenth:
-		r.cpu[0], _ = usage()
+		r.cpu[0], _ = r.usage()
 	case r.nineTenths:
-		r.cpu[1], _ = usage()
+		r.cpu[1], _ = r.usage()
 	}
 	if int(r.written.Add(1)) == len(r.ended) {
 		close(r.all)
 	}
-	return nil
 }
 
 // report has the figures of the jobs, if they have all ended, and of the process.
 func (r *recorder) report(jobs bool) report {
 	var got report
-	got.CPU, got.RSS = usage()
+	got.CPU, got.RSS = r.usage()
 	if !jobs || len(r.ended) < 10 {
 		return got
 	}

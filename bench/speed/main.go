@@ -1,8 +1,8 @@
-// Speed measures carpool beside bare asynq and River, on a Redis and a Postgres of its own:
-// empty jobs, jobs that insert a row, how soon an idle worker picks a job up, and what it
-// costs while it is idle. In each round every contestant has its turn, in a process of its
-// own with an empty database, and what counts is the median of the rounds. It prints
-// tables in Markdown; `-h` lists what is measured, and the flags.
+// Speed measures carpool beside bare asynq and River, and on request Celery, on a Redis and a
+// Postgres of its own: empty jobs, jobs that insert a row, how soon an idle worker picks a
+// job up, and what it costs while it is idle. In each round every contestant has its turn,
+// in a process of its own with an empty database, and what counts is the median of the
+// rounds. It prints tables in Markdown; `-h` lists what is measured, and the flags.
 package main
 
 import (
@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/signal"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -67,7 +68,7 @@ func main() {
 func parseFlags(args []string, out io.Writer) (options, error) {
 	o := options{
 		queues: map[string]int{"critical": 6, "default": 3, "low": 1},
-		only:   regexp.MustCompile(""), with: regexp.MustCompile(""),
+		only:   regexp.MustCompile(""), with: regexp.MustCompile("^(carpool|asynq|river)"),
 	}
 	f := flag.NewFlagSet("speed", flag.ContinueOnError)
 	f.SetOutput(out)
@@ -80,7 +81,7 @@ func parseFlags(args []string, out io.Writer) (options, error) {
 	f.BoolVar(&o.durable, "durable", false, "Postgres with fsync, Redis with appendonly and appendfsync everysec")
 	f.BoolVar(&o.verbose, "v", false, "tell each result as it comes, on standard error")
 	f.Func("only", "measure what this `regexp` finds in its name", regexpInto(&o.only))
-	f.Func("with", "contestants whose names this `regexp` finds; carpool is always one", regexpInto(&o.with))
+	f.Func("with", "contestants whose names this `regexp` finds: asynq, river, celery-threads, celery-prefork; carpool is always one (^(carpool|asynq|river))", regexpInto(&o.with))
 	f.Func("queues", "the `QUEUE=WEIGHT,…` that carpool and asynq serve; jobs are on default (critical=6,default=3,low=1)", func(s string) (err error) {
 		o.queues, err = parseQueues(s)
 		return err
@@ -101,7 +102,10 @@ func parseFlags(args []string, out io.Writer) (options, error) {
 		for _, s := range scenarios(o) {
 			fmt.Fprintf(out, "  %s\n", s.name)
 		}
-		fmt.Fprint(out, `All of it takes about half an hour. To compare two builds of carpool:
+		fmt.Fprint(out, `All of it takes about half an hour. Celery takes part only where -with finds it, with half
+as many jobs and on these lines alone, which then take about twenty minutes longer:
+  go run ./speed -only 'slots$' -with 'carpool|celery'
+To compare two builds of carpool:
   go build -o /tmp/before ./speed                                     (in the one tree)
   go run ./speed -carpool /tmp/before -with carpool -only '^empty'    (in the other)
 `)
@@ -152,7 +156,10 @@ func run(ctx context.Context, o options, out io.Writer) error {
 		return err
 	}
 	defer redis.Stop()
-	postgres, err := servers.StartPostgres(ctx, servers.PostgresConfig{Durable: o.durable})
+	postgres, err := servers.StartPostgres(ctx, servers.PostgresConfig{
+		Durable:  o.durable,
+		Settings: map[string]string{"max_connections": "200"}, // each of Celery's processes has one
+	})
 	if err != nil {
 		return err
 	}
@@ -166,7 +173,16 @@ func run(ctx context.Context, o options, out io.Writer) error {
 	for _, b := range o.builds {
 		entrants = append(entrants, entrant{b.name, "carpool", b.path})
 	}
-	entrants = append(entrants, entrant{"asynq", "asynq", self}, entrant{"river", "river", self})
+	for _, name := range []string{"asynq", "river", "celery-threads", "celery-prefork"} {
+		entrants = append(entrants, entrant{name, name, self})
+	}
+	entrants = slices.DeleteFunc(entrants, func(e entrant) bool { return e.name != "carpool" && !o.with.MatchString(e.name) })
+	if slices.ContainsFunc(entrants, entrant.celery) {
+		if err := servers.FindCelery(); err != nil {
+			fmt.Fprintln(os.Stderr, "without Celery:", err)
+			entrants = slices.DeleteFunc(entrants, entrant.celery)
+		}
+	}
 	some := false
 	for _, sc := range scenarios(o) {
 		if !o.only.MatchString(sc.name) {
@@ -175,7 +191,7 @@ func run(ctx context.Context, o options, out io.Writer) error {
 		some = true
 		var taking []entrant
 		for _, e := range entrants {
-			if (e.name == "carpool" || o.with.MatchString(e.name)) && (!sc.far || e.plays != "river") {
+			if sc.takes(e) {
 				taking = append(taking, e)
 			}
 		}
@@ -198,13 +214,13 @@ func scenarios(o options) []scenario {
 		all = append(all, s)
 	}
 	for _, slots := range []int{20, 100} {
-		add(scenario{name: fmt.Sprintf("empty jobs, %d slots", slots), job: emptyJob, slots: slots, measure: (*stage).drain})
+		add(scenario{name: fmt.Sprintf("empty jobs, %d slots", slots), job: emptyJob, slots: slots, celery: true, measure: (*stage).drain})
 	}
 	for _, slots := range []int{20, 100} {
-		add(scenario{name: fmt.Sprintf("an insert each, at least once, %d slots", slots), job: insertJob, slots: slots, measure: (*stage).drain})
+		add(scenario{name: fmt.Sprintf("an insert each, at least once, %d slots", slots), job: insertJob, slots: slots, celery: true, measure: (*stage).drain})
 	}
 	for _, slots := range []int{20, 100} {
-		add(scenario{name: fmt.Sprintf("an insert each, exactly once, %d slots", slots), job: onceJob, slots: slots, measure: (*stage).drain})
+		add(scenario{name: fmt.Sprintf("an insert each, exactly once, %d slots", slots), job: onceJob, slots: slots, celery: true, measure: (*stage).drain})
 	}
 	for _, slots := range []int{20, 100} {
 		add(scenario{

@@ -28,14 +28,26 @@ const settle = 2 * time.Second
 
 // scenario is what is measured at once.
 type scenario struct {
-	name  string
-	about string // how much there is of it
-	job   string // one of emptyJob, insertJob, onceJob
-	slots int
-	jobs  int
-	far   bool // Redis is behind a delay
+	name   string
+	about  string // how much there is of it
+	job    string // one of emptyJob, insertJob, onceJob
+	slots  int
+	jobs   int
+	far    bool // Redis is behind a delay
+	celery bool // Celery takes part, where it is chosen
 	// measure runs one contestant once.
 	measure func(*stage, context.Context, entrant, spec) (figures, error)
+}
+
+// takes says whether an entrant takes part.
+func (sc scenario) takes(e entrant) bool {
+	switch {
+	case e.plays == "river":
+		return !sc.far
+	case e.celery():
+		return sc.celery
+	}
+	return true
 }
 
 // entrant is one of those compared.
@@ -44,6 +56,8 @@ type entrant struct {
 	plays string // one of contestants
 	path  string // of the program
 }
+
+func (e entrant) celery() bool { return strings.HasPrefix(e.plays, "celery-") }
 
 // figure is something that was measured, and figures are in the order in which they are
 // printed. The first is the one by which contestants are compared.
@@ -115,6 +129,9 @@ func (s *stage) runOnce(ctx context.Context, sc scenario, e entrant, redisURL st
 	job := spec{
 		Contestant: e.plays, Job: sc.job, Slots: sc.slots, Jobs: sc.jobs, PoolSize: poolSize,
 		RedisURL: s.redis.URL(), WorkerRedisURL: redisURL, DatabaseURL: databaseURL, Queues: s.queues,
+	}
+	if e.celery() {
+		job.Jobs = max(100, job.Jobs/2) // or its turns would take most of the time
 	}
 	if _, err := finish(ctx, e.path, job.to("prepare")); err != nil {
 		return nil, err
