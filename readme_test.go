@@ -435,7 +435,10 @@ func TestDocs_TheirBenchmarksExist(t *testing.T) {
 				}
 				continue
 			}
-			at := slices.Index(words, "-bench")
+			at, kind := slices.Index(words, "-bench"), `func Benchmark\w*`
+			if at < 0 {
+				at, kind = slices.Index(words, "-run"), "func "
+			}
 			if at < 0 || at+1 == len(words) {
 				t.Errorf("%s: %s measures nothing", page, m[0])
 				continue
@@ -444,12 +447,12 @@ func TestDocs_TheirBenchmarksExist(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			exists := regexp.MustCompile(`func Benchmark\w*` + words[at+1])
+			exists := regexp.MustCompile(kind + words[at+1])
 			if !slices.ContainsFunc(files, func(file string) bool {
 				code, err := os.ReadFile(file)
 				return err == nil && exists.Match(code)
 			}) {
-				t.Errorf("%s: %s: there is no such benchmark", page, m[0])
+				t.Errorf("%s: %s: there is no such benchmark or test", page, m[0])
 			}
 		}
 	}

@@ -52,11 +52,12 @@ type quiet struct{}
 func (quiet) Printf(context.Context, string, ...any) {}
 
 func build(path string) (string, error) {
-	args := []string{"build", "-o", path}
+	cmd := exec.Command("go", "build", "-o", path, program)
 	if raceEnabled {
-		args = append(args, "-race")
+		cmd = exec.Command("go", "build", "-race", "-o", path, program)
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=1", "GOFLAGS=") // as the test was compiled
 	}
-	out, err := exec.Command("go", append(args, program)...).CombinedOutput()
+	out, err := cmd.CombinedOutput()
 	if err != nil {
 		return "", fmt.Errorf("go build: %w\n%s", err, out)
 	}
