@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/url"
 	"strings"
+	"syscall"
 
 	"github.com/jackc/pgerrcode"
 	"github.com/jackc/pgx/v5"
@@ -67,10 +68,18 @@ func faultOf(rawURL string, err error) *fault {
 	if err == nil {
 		return nil
 	}
+	f := postgresFault
 	if strings.HasPrefix(rawURL, "redis") {
-		return redisFault(rawURL, err)
+		f = redisFault
 	}
-	return postgresFault(rawURL, err)
+	found := f(rawURL, err)
+	// With TLS 1.3 a server hears of the client's certificate when the client believes the
+	// handshake to be over. What it says of it may be lost with the connection.
+	isCutOff := errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
+	if found != nil && found.wayOut == "" && isCutOff && strings.Contains(rawURL, "sslcert=") {
+		found.wayOut = "a server that refuses the certificate of sslcert may cut the connection off like this"
+	}
+	return found
 }
 
 const refusedLogin = "the server refuses this user or password"
