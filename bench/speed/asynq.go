@@ -47,7 +47,7 @@ func asynqLeft(_ context.Context, s spec) (int, error) {
 }
 
 func workAsynq(ctx context.Context, s spec, rec *recorder) error {
-	pool, err := openPool(ctx, s.DatabaseURL, s.PoolSize)
+	pool, err := openPool(ctx, s.WorkerDatabaseURL, s.PoolSize)
 	if err != nil {
 		return err
 	}
@@ -83,6 +83,15 @@ func workAsynq(ctx context.Context, s spec, rec *recorder) error {
 	<-ctx.Done()
 	server.Shutdown()
 	return nil
+}
+
+// asynq-plain is asynq whose jobs insert at least once, beside those of others that do so
+// exactly once.
+
+func produceAsynqPlain(ctx context.Context, s spec) error { return produceAsynq(ctx, s.atLeastOnce()) }
+
+func workAsynqPlain(ctx context.Context, s spec, rec *recorder) error {
+	return workAsynq(ctx, s.atLeastOnce(), rec)
 }
 
 // insertOnce inserts unless the job has done so before, which asynq itself doesn't know.

@@ -84,7 +84,7 @@ func produceCarpool(ctx context.Context, s spec) error {
 }
 
 func workCarpool(ctx context.Context, s spec, rec *recorder) error {
-	pool := dbpool.DefaultConfig(s.DatabaseURL)
+	pool := dbpool.DefaultConfig(s.WorkerDatabaseURL)
 	pool.MaxOverflow = s.PoolSize - pool.Size
 	return worker.Run(ctx, worker.Config{
 		RedisURL: s.WorkerRedisURL, Pool: pool, Groups: []tasks.Group{parcels{rec}}, Queues: s.Queues,

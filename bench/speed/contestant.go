@@ -42,11 +42,18 @@ type spec struct {
 	RedisURL       string
 	WorkerRedisURL string // the same Redis, as a worker reaches it
 	DatabaseURL    string
+	// WorkerDatabaseURL is the same database, as a worker's jobs reach it.
+	WorkerDatabaseURL string
 	Queues         map[string]int
 }
 
 func (s spec) to(task string) spec {
 	s.Task = task
+	return s
+}
+
+func (s spec) atLeastOnce() spec {
+	s.Job = insertJob
 	return s
 }
 
@@ -77,6 +84,8 @@ func contestants() map[string]contestant {
 		"carpool": {prepareCarpool, produceCarpool, asynqLeft, workCarpool},
 		"asynq":   {prepareAsynq, produceAsynq, asynqLeft, workAsynq},
 		"river":   {prepareRiver, produceRiver, riverLeft, workRiver},
+
+		"asynq-plain": {prepareAsynq, produceAsynqPlain, asynqLeft, workAsynqPlain},
 
 		"celery-threads": {prepareAsynq, produceCelery, celeryLeft, workCelery("threads")},
 		"celery-prefork": {prepareAsynq, produceCelery, celeryLeft, workCelery("prefork")},

@@ -81,7 +81,7 @@ func parseFlags(args []string, out io.Writer) (options, error) {
 	f.BoolVar(&o.durable, "durable", false, "Postgres with fsync, Redis with appendonly and appendfsync everysec")
 	f.BoolVar(&o.verbose, "v", false, "tell each result as it comes, on standard error")
 	f.Func("only", "measure what this `regexp` finds in its name", regexpInto(&o.only))
-	f.Func("with", "contestants whose names this `regexp` finds: asynq, river, celery-threads, celery-prefork; carpool is always one (^(carpool|asynq|river))", regexpInto(&o.with))
+	f.Func("with", "contestants whose names this `regexp` finds: asynq, asynq-plain, river, celery-threads, celery-prefork; carpool is always one (^(carpool|asynq|river))", regexpInto(&o.with))
 	f.Func("queues", "the `QUEUE=WEIGHT,…` that carpool and asynq serve; jobs are on default (critical=6,default=3,low=1)", func(s string) (err error) {
 		o.queues, err = parseQueues(s)
 		return err
@@ -173,7 +173,7 @@ func run(ctx context.Context, o options, out io.Writer) error {
 	for _, b := range o.builds {
 		entrants = append(entrants, entrant{b.name, "carpool", b.path})
 	}
-	for _, name := range []string{"asynq", "river", "celery-threads", "celery-prefork"} {
+	for _, name := range []string{"asynq", "asynq-plain", "river", "celery-threads", "celery-prefork"} {
 		entrants = append(entrants, entrant{name, name, self})
 	}
 	entrants = slices.DeleteFunc(entrants, func(e entrant) bool { return e.name != "carpool" && !o.with.MatchString(e.name) })
@@ -205,6 +205,9 @@ func run(ctx context.Context, o options, out io.Writer) error {
 	return nil
 }
 
+// farDatabase is what a round trip to a Postgres that is far away takes longer.
+const farDatabase = time.Millisecond
+
 // scenarios is everything that is measured.
 func scenarios(o options) []scenario {
 	var all []scenario
@@ -226,6 +229,12 @@ func scenarios(o options) []scenario {
 		add(scenario{
 			name: fmt.Sprintf("empty jobs, %d slots, Redis %s away", slots, o.delay),
 			job:  emptyJob, slots: slots, jobs: max(100, o.jobs/5), far: true, measure: (*stage).drain,
+		})
+	}
+	for _, slots := range []int{20, 100} {
+		add(scenario{
+			name: fmt.Sprintf("an insert each, exactly once, %d slots, Redis %s and Postgres %s away", slots, o.delay, farDatabase),
+			job:  onceJob, slots: slots, jobs: max(100, o.jobs/5), far: true, farDatabase: farDatabase, measure: (*stage).drain,
 		})
 	}
 	backlogs := []int{1000, 100_000}

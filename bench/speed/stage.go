@@ -34,6 +34,8 @@ type scenario struct {
 	slots  int
 	jobs   int
 	far    bool // Redis is behind a delay
+	// farDatabase is how long a round trip to Postgres takes longer; 0: Postgres is near.
+	farDatabase time.Duration
 	celery bool // Celery takes part, where it is chosen
 	// measure runs one contestant once.
 	measure func(*stage, context.Context, entrant, spec) (figures, error)
@@ -44,6 +46,8 @@ func (sc scenario) takes(e entrant) bool {
 	switch {
 	case e.plays == "river":
 		return !sc.far
+	case e.plays == "asynq-plain":
+		return sc.job == onceJob
 	case e.celery():
 		return sc.celery
 	}
@@ -128,7 +132,15 @@ func (s *stage) runOnce(ctx context.Context, sc scenario, e entrant, redisURL st
 	defer func() { err = errors.Join(err, s.clear(context.WithoutCancel(ctx), name)) }()
 	job := spec{
 		Contestant: e.plays, Job: sc.job, Slots: sc.slots, Jobs: sc.jobs, PoolSize: poolSize,
-		RedisURL: s.redis.URL(), WorkerRedisURL: redisURL, DatabaseURL: databaseURL, Queues: s.queues,
+		RedisURL: s.redis.URL(), WorkerRedisURL: redisURL, DatabaseURL: databaseURL, WorkerDatabaseURL: databaseURL, Queues: s.queues,
+	}
+	if sc.farDatabase > 0 {
+		line, err := newDelayLine(databaseURL, sc.farDatabase)
+		if err != nil {
+			return nil, err
+		}
+		defer line.close()
+		job.WorkerDatabaseURL = line.url
 	}
 	if e.celery() {
 		job.Jobs = max(100, job.Jobs/2) // or its turns would take most of the time
