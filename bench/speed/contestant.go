@@ -44,7 +44,7 @@ type spec struct {
 	DatabaseURL    string
 	// WorkerDatabaseURL is the same database, as a worker's jobs reach it.
 	WorkerDatabaseURL string
-	Queues         map[string]int
+	Queues            map[string]int
 }
 
 func (s spec) to(task string) spec {

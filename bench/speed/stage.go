@@ -28,15 +28,15 @@ const settle = 2 * time.Second
 
 // scenario is what is measured at once.
 type scenario struct {
-	name   string
-	about  string // how much there is of it
-	job    string // one of emptyJob, insertJob, onceJob
-	slots  int
-	jobs   int
-	far    bool // Redis is behind a delay
+	name  string
+	about string // how much there is of it
+	job   string // one of emptyJob, insertJob, onceJob
+	slots int
+	jobs  int
+	far   bool // Redis is behind a delay
 	// farDatabase is how long a round trip to Postgres takes longer; 0: Postgres is near.
 	farDatabase time.Duration
-	celery bool // Celery takes part, where it is chosen
+	celery      bool // Celery takes part, where it is chosen
 	// measure runs one contestant once.
 	measure func(*stage, context.Context, entrant, spec) (figures, error)
 }
