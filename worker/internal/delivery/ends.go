@@ -159,8 +159,7 @@ func (e *ends) send(ctx context.Context, group []unsentEnd) (again []unsentEnd) 
 	e.repeats++
 	for i, answer := range asynqwire.SendEnds(ctx, e.rdb, endings) {
 		u := group[i]
-		// A right that is lacking is given back, where a job that is delivered again has two effects.
-		if mayBeTriedAgain(answer.Err) || redis.HasErrorPrefix(answer.Err, "NOPERM") {
+		if mayBeTriedAgain(answer.Err) {
 			again = append(again, u)
 			continue
 		}
