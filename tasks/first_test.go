@@ -189,6 +189,10 @@ func testFirstStatements(t *testing.T, open func(url string) *dbpool.Pool) {
 	if a.task, err = set.Lookup("account:credit"); err != nil {
 		t.Fatal(err)
 	}
+	// That a transaction has begun is said in whatever a session leaves out.
+	if _, err := a.DB.Exec(t.Context(), "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET client_min_messages = error', current_database()); END $$"); err != nil {
+		t.Fatal(err)
+	}
 	db := open(a.DatabaseURL)
 	for name := range statements {
 		for range 2 { // a counter that is wrong the second time
@@ -404,6 +408,33 @@ func TestFirstDelivery_WhatKeepsItFromBeginningWinsOverWhatTheHandlerMakesOfIt(t
 			}
 			defer busy.Release()
 			if _, err := a.deliver(t.Context(), db, "1"); !errors.Is(err, once.ErrNotBegun) || errors.Is(err, asynq.SkipRetry) {
+				t.Errorf("the error is %v, want that it has not begun", err)
+			}
+		})
+		t.Run("with a session that is ended, the handler "+does, func(t *testing.T) {
+			t.Parallel()
+			a := openFirstAccount(t, handler, asItIs)
+			other, err := pgx.Connect(t.Context(), a.DatabaseURL)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer other.Close(context.Background())
+			if _, err := other.Exec(t.Context(), "BEGIN; LOCK TABLE carpool.jobs_done"); err != nil {
+				t.Fatal(err)
+			}
+			delivered := make(chan error, 1)
+			db := openPool(t, a.DatabaseURL)
+			go func() {
+				_, err := a.deliver(t.Context(), db, "1")
+				delivered <- err
+			}()
+			testservers.Eventually(t, "the look waits, and its session is ended", func() bool {
+				var ended bool
+				err := a.DB.QueryRow(t.Context(), `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+					WHERE datname = current_database() AND wait_event_type = 'Lock'`).Scan(&ended)
+				return err == nil && ended
+			})
+			if err := <-delivered; !errors.Is(err, once.ErrNotBegun) || errors.Is(err, asynq.SkipRetry) {
 				t.Errorf("the error is %v, want that it has not begun", err)
 			}
 		})

@@ -16,7 +16,7 @@ import (
 	"github.com/carpool-go/carpool/internal/testservers"
 )
 
-// A deploy as Render does it, on servers of this machine: the commands are those of
+// A deploy is done as Render does it, on servers of this machine: the commands are those of
 // render.yaml and the image, with the variables that these give them, and what
 // docs/render.md has one type afterwards. Only ports are others.
 func TestBlueprint_ADeployRuns(t *testing.T) {
@@ -89,9 +89,15 @@ func (p program) isWatchedOnRender(t *testing.T, path string, s service, env []s
 	if err != nil {
 		t.Fatal(err)
 	}
-	rendersPort := env[slices.IndexFunc(env, func(v string) bool { return strings.HasPrefix(v, "PORT=") })]
-	for i := range env {
-		env[i] = strings.ReplaceAll(env[i], strings.TrimPrefix(rendersPort, "PORT="), port)
+	at := slices.IndexFunc(env, func(v string) bool { return strings.HasPrefix(v, "PORT=") })
+	if at < 0 {
+		t.Fatal("the monitor's service has no PORT")
+	}
+	rendersPort := strings.TrimPrefix(env[at], "PORT=")
+	for i, v := range env {
+		if name, value, _ := strings.Cut(v, "="); name == "PORT" || name == "MONITOR_ADDR" {
+			env[i] = name + "=" + strings.ReplaceAll(value, rendersPort, port)
+		}
 	}
 	monitor := start(t, env, path, strings.Fields(s.DockerCommand)[1:]...)
 	answers := func(path, user, password string) int {

@@ -18,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/carpool-go/carpool/internal/servers"
 	"github.com/carpool-go/carpool/internal/testservers"
 	"github.com/carpool-go/carpool/worker"
 )
@@ -417,10 +418,6 @@ func start(t *testing.T, env []string, program string, args ...string) *running 
 
 // freeAddress is one where nobody listens.
 func freeAddress() (string, error) {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
-	}
-	defer listener.Close()
-	return listener.Addr().String(), nil
+	port, err := servers.FreePort()
+	return net.JoinHostPort("127.0.0.1", strconv.Itoa(port)), err
 }

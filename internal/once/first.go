@@ -229,7 +229,8 @@ func (t *firstTx) send(ctx context.Context, b *pgx.Batch) (*firstResults, error)
 	}
 	_ = results.Close()
 	pg := conn.Conn().PgConn()
-	if begun && pg.IsClosed() {
+	_, said := errors.AsType[*pgconn.PgError](err) // then beginRun has failed: without that it has returned the id
+	if begun && !said && pg.IsClosed() {
 		lent = true
 		t.tx = tx // it has begun, and what has broken it off is the query's error
 		cancel()

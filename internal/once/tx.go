@@ -52,7 +52,7 @@ func (t *jobTx) commit(ctx context.Context, job *Job, result json.RawMessage) er
 }
 
 // queueCommit queues the job's record and COMMIT. The record has been written once recorded
-// is true. It is in no other transaction than xid; nil is for any.
+// is true. It is refused in another transaction than xid; nil allows any.
 func queueCommit(b *pgx.Batch, job *Job, xid *string, result json.RawMessage) (recorded *bool) {
 	recorded = new(bool)
 	b.Queue(recordJob, job.ID, job.Kind, job.Queue, result, xid).Exec(func(pgconn.CommandTag) error {

@@ -141,7 +141,7 @@ func (d *dialer) ask(ctx context.Context, addr string) (master string, err error
 func isOfCertificates(err error) bool {
 	_, ofServer := errors.AsType[*tls.CertificateVerificationError](err)
 	e, ok := errors.AsType[*net.OpError](err)
-	return ofServer || ok && e.Op == "remote error" // an alert of TLS
+	return ofServer || ok && e.Op == "remote error" && strings.Contains(e.Err.Error(), "certificate") // an alert of TLS
 }
 
 // Error says that no Sentinel has named the master, and what to do. It wraps the answers of

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"net/url"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -121,7 +122,13 @@ func redisFault(rawURL string, err error) *fault {
 func redisCertificateFault(rawURL string, err error) *fault {
 	at := hosts(rawURL)
 	if noMaster, ok := errors.AsType[*sentinel.Error](err); ok {
-		return certificateFault("the Sentinels at "+at, errors.Join(noMaster.Errs...))
+		var f *fault
+		for _, err := range noMaster.Errs {
+			if f = certificateFault("the Sentinels at "+at, err); f == nil {
+				return nil // this one may name the master when it is back
+			}
+		}
+		return f
 	}
 	if strings.Contains(rawURL, "-sentinel://") {
 		return certificateFault("the master that the Sentinels at "+at+" name", err)
@@ -175,6 +182,7 @@ func postgresFault(rawURL string, err error) *fault {
 		}
 	case connecting:
 		if f := certificateFault("Postgres", err); f != nil {
+			f.forGood = !hasSeveralHosts(rawURL) // another one may be the primary when it is back
 			return f
 		}
 		return &fault{"Postgres cannot be reached", connect, "", false}
@@ -238,6 +246,14 @@ func postgresRefusal(rawURL string, e *pgconn.PgError, connecting bool) *fault {
 		return nil
 	}
 	return f
+}
+
+// hasSeveralHosts reports whether a URL of Postgres names more than one server.
+func hasSeveralHosts(rawURL string) bool {
+	cfg, err := pgx.ParseConfig(rawURL)
+	return err == nil && slices.ContainsFunc(cfg.Fallbacks, func(f *pgconn.FallbackConfig) bool {
+		return f.Host != cfg.Host || f.Port != cfg.Port
+	})
 }
 
 // hosts are those of a URL of Redis, with their ports.

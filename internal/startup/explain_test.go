@@ -1,11 +1,15 @@
 package startup
 
 import (
+	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"testing"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/redis/go-redis/v9"
 
@@ -14,6 +18,7 @@ import (
 
 const (
 	postgresURL = "postgres://shop:hush@db.example/orders"
+	severalURL  = "postgres://shop:hush@db.example,standby.example/orders"
 	redisURL    = "rediss://:hush@queue.example/1"
 	sentinelURL = "redis-sentinel://:hush@one.example,two.example:26380?master=m"
 )
@@ -56,6 +61,42 @@ func TestExplain_SaysWhatIsWrongWithTheServerAndTheWayOut(t *testing.T) {
 			t.Errorf("got  %v\nwant %s", got, c.want)
 		}
 	}
+}
+
+// A certificate that is wrong ends the program only if no other server may be found to be right
+// by waiting.
+func TestFaultOf_CertificateIsForGoodWhereNoOtherServerMayServe(t *testing.T) {
+	t.Parallel()
+	wrong := x509.CertificateInvalidError{Reason: x509.Expired}
+	sentinels := func(errs ...error) error { return &sentinel.Error{Addrs: []string{"one", "two"}, Master: "m", Errs: errs} }
+	for name, c := range map[string]struct {
+		url     string
+		err     error
+		forGood bool
+	}{
+		"all Sentinels'":                {sentinelURL, sentinels(wrong, wrong), true},
+		"one Sentinel's, another away":  {sentinelURL, sentinels(wrong, io.EOF), false},
+		"the only Postgres'":            {postgresURL, connectError(t, postgresURL, wrong), true},
+		"one of two Postgres'":          {severalURL, connectError(t, severalURL, wrong), false},
+	} {
+		f := faultOf(c.url, c.err)
+		if forGood := f != nil && f.forGood; forGood != c.forGood {
+			t.Errorf("%s: %+v; want it for good: %t", name, f, c.forGood)
+		}
+	}
+}
+
+// connectError is what pgx makes of an attempt to connect that fails with err.
+func connectError(t *testing.T, url string, err error) error {
+	t.Helper()
+	cfg, parseErr := pgx.ParseConfig(url)
+	if parseErr != nil {
+		t.Fatal(parseErr)
+	}
+	cfg.LookupFunc = func(context.Context, string) ([]string, error) { return []string{"192.0.2.1"}, nil }
+	cfg.DialFunc = func(context.Context, string, string) (net.Conn, error) { return nil, err }
+	_, err = pgx.ConnectConfig(t.Context(), cfg)
+	return err
 }
 
 func TestExplain_LeavesWhatSaysNothingOfTheServer(t *testing.T) {

@@ -93,12 +93,12 @@ func awaitEnd(ended <-chan struct{}, id string, log *slog.Logger) {
 		select {
 		case <-ended:
 			if reported {
-				log.Warn("the handler has ended at last; its hand is free", "after", time.Since(began).Round(time.Millisecond).String())
+				log.Warn("the handler has ended at last; its slot is free", "after", time.Since(began).Round(time.Millisecond).String())
 			}
 			return
 		case <-report.C:
 			reported = true
-			log.Error("the handler goes on although its context has ended; it keeps its hand, and its job is not run again before it ends",
+			log.Error("the handler goes on although its context has ended; it keeps its slot, and its job is not run again before it ends",
 				"since", time.Since(began).Round(time.Second).String(), "stack", stacksOf(id))
 			report.Reset(stuckAgain)
 		}

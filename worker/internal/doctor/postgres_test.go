@@ -57,6 +57,7 @@ func TestExamine_NamesTheGrantsThatARoleLacksAndTheySuffice(t *testing.T) {
 	for lacking, grant := range map[string]string{
 		"DELETE ON carpool.outbox":                         "GRANT DELETE ON carpool.outbox",
 		"EXECUTE ON FUNCTION carpool.begin_run(text,text)": "GRANT EXECUTE ON FUNCTION carpool.begin_run",
+		"EXECUTE ON FUNCTION carpool.run_key(text,text)":   "GRANT EXECUTE ON FUNCTION carpool.run_key",
 	} {
 		exec(t, url, "REVOKE "+lacking+" FROM doctor_grants, PUBLIC")
 		f := require(t, examine(t, c), "postgres grants", Failure, strings.TrimPrefix(grant, "GRANT "), grant)
