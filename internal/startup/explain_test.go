@@ -68,16 +68,18 @@ func TestExplain_SaysWhatIsWrongWithTheServerAndTheWayOut(t *testing.T) {
 func TestFaultOf_CertificateIsForGoodWhereNoOtherServerMayServe(t *testing.T) {
 	t.Parallel()
 	wrong := x509.CertificateInvalidError{Reason: x509.Expired}
-	sentinels := func(errs ...error) error { return &sentinel.Error{Addrs: []string{"one", "two"}, Master: "m", Errs: errs} }
+	sentinels := func(errs ...error) error {
+		return &sentinel.Error{Addrs: []string{"one", "two"}, Master: "m", Errs: errs}
+	}
 	for name, c := range map[string]struct {
 		url     string
 		err     error
 		forGood bool
 	}{
-		"all Sentinels'":                {sentinelURL, sentinels(wrong, wrong), true},
-		"one Sentinel's, another away":  {sentinelURL, sentinels(wrong, io.EOF), false},
-		"the only Postgres'":            {postgresURL, connectError(t, postgresURL, wrong), true},
-		"one of two Postgres'":          {severalURL, connectError(t, severalURL, wrong), false},
+		"all Sentinels'":               {sentinelURL, sentinels(wrong, wrong), true},
+		"one Sentinel's, another away": {sentinelURL, sentinels(wrong, io.EOF), false},
+		"the only Postgres'":           {postgresURL, connectError(t, postgresURL, wrong), true},
+		"one of two Postgres'":         {severalURL, connectError(t, severalURL, wrong), false},
 	} {
 		f := faultOf(c.url, c.err)
 		if forGood := f != nil && f.forGood; forGood != c.forGood {
