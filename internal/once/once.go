@@ -190,7 +190,7 @@ const (
 		AND l.classid = ((k.key >> 32) & 4294967295)::oid AND l.objid = (k.key & 4294967295)::oid`
 	// recordJob fails, since the id can't be null, in another transaction than the one that
 	// has the id $5; null is for any.
-	recordJob = "INSERT INTO carpool.jobs_done (id, kind, queue, result) VALUES (CASE WHEN pg_current_xact_id()::text = coalesce($5, pg_current_xact_id()::text) THEN $1 END, $2, $3, $4)"
+	recordJob = "INSERT INTO carpool.jobs_done (id, kind, queue, result) VALUES (CASE WHEN coalesce($5 = pg_current_xact_id()::text, true) THEN $1 END, $2, $3, $4)"
 )
 
 // The SQLSTATEs of carpool.begin_run.
@@ -286,7 +286,6 @@ func (j *Job) tryClaim(ctx context.Context) (claim, error) {
 	beginCtx, cancel := context.WithTimeout(ctx, answerBound)
 	defer cancel()
 	results := conn.SendBatch(beginCtx, &b)
-	tx := &jobTx{lentTx: lentTx{results.Tx(), conn}}
 	if err := results.Close(); err != nil {
 		conn.Release()
 		if beginCtx.Err() != nil && ctx.Err() == nil {
@@ -294,6 +293,7 @@ func (j *Job) tryClaim(ctx context.Context) (claim, error) {
 		}
 		return claim{}, err
 	}
+	tx := &jobTx{lentTx: lentTx{results.Tx(), conn}, xid: xid}
 	switch {
 	case xid == nil: // what the look has found may be older than the other run's end
 		tx.rollBack()
@@ -302,7 +302,6 @@ func (j *Job) tryClaim(ctx context.Context) (claim, error) {
 		tx.rollBack()
 		return c, nil
 	}
-	tx.xid = xid
 	return claim{mine: tx}, nil
 }
 

@@ -69,18 +69,19 @@ func faultOf(rawURL string, err error) *fault {
 	if err == nil {
 		return nil
 	}
-	f := postgresFault
+	var f *fault
 	if strings.HasPrefix(rawURL, "redis") {
-		f = redisFault
+		f = redisFault(rawURL, err)
+	} else {
+		f = postgresFault(rawURL, err)
 	}
-	found := f(rawURL, err)
 	// With TLS 1.3 a server hears of the client's certificate when the client believes the
 	// handshake to be over. What it says of it may be lost with the connection.
 	isCutOff := errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
-	if found != nil && found.wayOut == "" && isCutOff && strings.Contains(rawURL, "sslcert=") {
-		found.wayOut = "a server that refuses the certificate of sslcert may cut the connection off like this"
+	if f != nil && f.wayOut == "" && isCutOff && strings.Contains(rawURL, "sslcert=") {
+		f.wayOut = "a server that refuses the certificate of sslcert may cut the connection off like this"
 	}
-	return found
+	return f
 }
 
 const refusedLogin = "the server refuses this user or password"
