@@ -214,11 +214,7 @@ func TestFirstDelivery_NothingRunsWhileAnotherRunHasTheJobAndTheWaitHoldsNoConne
 			swallow := func(error) error { return nil }
 			for how, returned := range map[string]func(error) error{"the error returned": asItIs, "the error passed over": swallow} {
 				a := openFirstAccount(t, first, returned)
-				other, err := pgx.Connect(t.Context(), a.DatabaseURL)
-				if err != nil {
-					t.Fatal(err)
-				}
-				defer other.Close(context.Background())
+				other := connect(t, a.DatabaseURL)
 				if _, err := other.Exec(t.Context(), "SELECT pg_advisory_lock(hashtextextended('carpool job 1 account:credit', 0))"); err != nil {
 					t.Fatal(err)
 				}
@@ -268,11 +264,7 @@ func TestFirstDelivery_LookIsNoOlderThanTheLock(t *testing.T) {
 				BEGIN PERFORM pg_advisory_xact_lock_shared(7); RETURN 8; END $$`); err != nil {
 				t.Fatal(err)
 			}
-			other, err := pgx.Connect(t.Context(), a.DatabaseURL)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer other.Close(context.Background())
+			other := connect(t, a.DatabaseURL)
 			if _, err := other.Exec(t.Context(), "SELECT pg_advisory_lock(7)"); err != nil {
 				t.Fatal(err)
 			}
@@ -414,11 +406,7 @@ func TestFirstDelivery_WhatKeepsItFromBeginningWinsOverWhatTheHandlerMakesOfIt(t
 		t.Run("with a session that is ended, the handler "+does, func(t *testing.T) {
 			t.Parallel()
 			a := openFirstAccount(t, handler, asItIs)
-			other, err := pgx.Connect(t.Context(), a.DatabaseURL)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer other.Close(context.Background())
+			other := connect(t, a.DatabaseURL)
 			if _, err := other.Exec(t.Context(), "BEGIN; LOCK TABLE carpool.jobs_done"); err != nil {
 				t.Fatal(err)
 			}

@@ -227,12 +227,8 @@ func isPayloadError(err error) bool {
 
 func TestEnqueueTx_SaysWhatTheDatabaseLacks(t *testing.T) {
 	t.Parallel()
-	empty, err := pgx.Connect(t.Context(), testservers.Postgres(t))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer empty.Close(context.Background())
-	_, err = new(tasks.Client).EnqueueTx(t.Context(), empty, parcel{To: "Ada"}, nil)
+	empty := connect(t, testservers.Postgres(t))
+	_, err := new(tasks.Client).EnqueueTx(t.Context(), empty, parcel{To: "Ada"}, nil)
 	if err == nil || !strings.Contains(err.Error(), "run the command migrate") {
 		t.Errorf("without carpool's tables: %v", err)
 	}
@@ -451,12 +447,18 @@ func TestEnqueueSQL_AProducerNeedsUsageAndExecuteAndHasNoMore(t *testing.T) {
 func login(t *testing.T, kit *taskstest.Kit) (conn *pgx.Conn, role string) {
 	t.Helper()
 	as, role := newRole(t, kit)
-	conn, err := pgx.Connect(t.Context(), as)
+	return connect(t, as), role
+}
+
+// connect opens a session of its own, which ends with the test at the latest.
+func connect(t *testing.T, url string) *pgx.Conn {
+	t.Helper()
+	conn, err := pgx.Connect(t.Context(), url)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = conn.Close(context.Background()) })
-	return conn, role
+	return conn
 }
 
 // newRole makes a role of the test's own, which has no rights, and returns the URL with which

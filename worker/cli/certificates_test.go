@@ -3,7 +3,6 @@
 package cli
 
 import (
-	"net/url"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -62,7 +61,7 @@ func TestSentinels_OverTLSAJobRunsAndAWrongCertificateIsOneClearError(t *testing
 			t.Fatal(err)
 		}
 	}
-	right := withFilesOfSeveral(trio.TLSURL(), ca, ca, key)
+	right := withFiles(t, trio.TLSURL(), ca, ca, key)
 	worker := b.Start(t, "REDIS_URL="+right)
 	if _, stderr, code := b.run(t, []string{"REDIS_URL=" + right}, "enqueue", "pool:validate", "{}", "--wait"); code != 0 {
 		t.Fatalf("exit code %d\n%s", code, stderr)
@@ -79,10 +78,10 @@ func TestSentinels_OverTLSAJobRunsAndAWrongCertificateIsOneClearError(t *testing
 		}
 	}
 	const ofSentinels, rootCert = "the certificate of the Sentinels at 127.0.0.1:", "name the file of its authority in the URL: ?sslrootcert="
-	isSaid("another authority", withFilesOfSeveral(trio.TLSURL(), other, ca, key), ofSentinels, " can't be trusted: x509: ", rootCert)
-	isSaid("no authority", withFilesOfSeveral(trio.TLSURL(), "", ca, key), ofSentinels, " can't be trusted: x509: ", rootCert)
-	isSaid("no certificate of its own", withFilesOfSeveral(trio.TLSURL(), ca, "", ""), "a certificate is demanded by the Sentinels at 127.0.0.1:", "tls: certificate required", showsHow)
-	isSaid("a certificate of another authority", withFilesOfSeveral(trio.TLSURL(), ca, other, otherKey), "this client's certificate is refused by the Sentinels at 127.0.0.1:", ": tls: ", "sslcert in the URL must name one")
+	isSaid("another authority", withFiles(t, trio.TLSURL(), other, ca, key), ofSentinels, " can't be trusted: x509: ", rootCert)
+	isSaid("no authority", withFiles(t, trio.TLSURL(), "", ca, key), ofSentinels, " can't be trusted: x509: ", rootCert)
+	isSaid("no certificate of its own", withFiles(t, trio.TLSURL(), ca, "", ""), "a certificate is demanded by the Sentinels at 127.0.0.1:", "tls: certificate required", showsHow)
+	isSaid("a certificate of another authority", withFiles(t, trio.TLSURL(), ca, other, otherKey), "this client's certificate is refused by the Sentinels at 127.0.0.1:", ": tls: ", "sslcert in the URL must name one")
 
 	// What the master has from now on is not what the Sentinels have, which go on without
 	// two of them, so that none puts the replica in its place.
@@ -111,24 +110,14 @@ func TestSentinels_OverTLSAJobRunsAndAWrongCertificateIsOneClearError(t *testing
 		which *servers.Redis
 	}{{ofMaster, trio.Servers[0]}, {ofSentinels, trio.Sentinels[0]}} {
 		trust := certify(expired, c.which)
-		isSaid("an expired certificate", withFilesOfSeveral(one.TLSURL(), trust, ca, key), c.of, "certificate has expired", renew)
+		isSaid("an expired certificate", withFiles(t, one.TLSURL(), trust, ca, key), c.of, "certificate has expired", renew)
 		trust = certify(misnamed, c.which)
-		isSaid("a certificate for another name", withFilesOfSeveral(one.TLSURL(), trust, ca, key), c.of, "is for another name: x509: ", byName)
+		isSaid("a certificate for another name", withFiles(t, one.TLSURL(), trust, ca, key), c.of, "is for another name: x509: ", byName)
 	}
 }
 
 // showsHow is how a client names its certificate.
 const showsHow = "sslcert=/path/to/client.crt&sslkey=/path/to/client.key"
-
-// withFilesOfSeveral is withFiles for a URL of several hosts, which net/url doesn't take.
-func withFilesOfSeveral(rawURL, authority, cert, key string) string {
-	for name, file := range map[string]string{"sslrootcert": authority, "sslcert": cert, "sslkey": key} {
-		if file != "" {
-			rawURL += "&" + name + "=" + url.QueryEscape(file)
-		}
-	}
-	return rawURL
-}
 
 func readFile(t *testing.T, name string) []byte {
 	t.Helper()
