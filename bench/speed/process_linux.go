@@ -1,13 +1,13 @@
 package main
 
 import (
-	"bytes"
 	"os"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/carpool-go/carpool/internal/servers"
 )
 
 // usage is what this process has used of the CPU, and has in memory.
@@ -28,14 +28,7 @@ func usage() (cpu time.Duration, rss int64) {
 // usageOfGroup is what the processes of a group that live have used of the CPU, in steps of
 // 10 ms each, and have in memory, where what they share counts for each.
 func usageOfGroup(pgid int) (cpu time.Duration, rss int64) {
-	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
-	for _, stat := range stats {
-		line, err := os.ReadFile(stat)
-		if err != nil {
-			continue // it has just ended
-		}
-		// pid (name) state ppid pgrp …: the name may hold spaces and brackets.
-		fields := bytes.Fields(line[bytes.LastIndexByte(line, ')')+1:])
+	for _, fields := range servers.ProcessStats() {
 		if len(fields) < 22 || string(fields[2]) != strconv.Itoa(pgid) {
 			continue
 		}

@@ -26,8 +26,9 @@ const (
 )
 
 // StartRedisTrio starts the five of them on free ports, all with one password, and returns when the sentinels know the
-// replica and each other. With TLS all of them have one certificate, and speak TLS among themselves. A master is away when it has given no answer for a second. cfg is that of the servers; its Dir
-// and Port must not be set. The context bounds the start alone.
+// replica and each other. With TLS all of them have one certificate, and speak TLS among themselves. A master is away when
+// it has given no answer for a second. cfg is that of the servers; its Dir and Port must not be set. The context bounds the
+// start alone.
 func StartRedisTrio(ctx context.Context, cfg RedisConfig) (trio *RedisTrio, err error) {
 	if cfg.Dir != "" || cfg.Port != 0 || cfg.ReplicaOf != nil {
 		return nil, errors.New("servers: start Redis with sentinels: Dir, Port and ReplicaOf must not be set")
