@@ -33,14 +33,14 @@ type chaosReport struct {
 	slowest                       time.Duration // from a job's enqueueing to its effect
 	drain, took                   time.Duration // drain: from the last repair to the end
 	faults                        map[string]int
-	ended, crashed                int // workers: that ended by themselves, and those of them that had a panic or a data race
-	refused                       int // see refusals
+	ended, crashed                int      // workers: that ended by themselves, and those of them that had a panic or a data race
+	refusals                      []string // see chaos.refusals
 	wrong                         []int
 }
 
 // right reports whether the promise was kept.
 func (r *chaosReport) right() bool {
-	return r.lost+r.late+r.left+r.doubled+r.phantoms+r.archived+r.crashed+r.refused == 0
+	return r.lost+r.late+r.left+r.doubled+r.phantoms+r.archived+r.crashed+len(r.refusals) == 0
 }
 
 // chaosEffectRow is a row of effects.
@@ -54,7 +54,7 @@ func (c *chaos) report() *chaosReport {
 		mode: c.mode, seed: c.seed, rolledBack: int(c.rolledBack.Load()),
 		faults: c.faults, ended: len(c.endings), crashed: len(c.crashes),
 	}
-	r.refused = len(c.refusals())
+	r.refusals = c.refusals()
 	if err := os.WriteFile(filepath.Join(c.logs, c.mode+"-faults.txt"), []byte(strings.Join(c.timeline, "\n")+"\n"), 0o600); err != nil {
 		c.t.Error(err)
 	}
@@ -240,7 +240,7 @@ func chaosTable(reports ...*chaosReport) string {
 		row(name, func(r *chaosReport) any { return r.faults[name] })
 	}
 	row("workers that ended by themselves", func(r *chaosReport) any { return r.ended })
-	row("rights that they lack in Redis", func(r *chaosReport) any { return r.refused })
+	row("rights that they lack in Redis", func(r *chaosReport) any { return len(r.refusals) })
 	return b.String() + "\n"
 }
 
@@ -259,8 +259,7 @@ func (c *chaos) explain(r *chaosReport) {
 	for _, crash := range c.crashes {
 		c.t.Log("a worker crashed: " + crash)
 	}
-	refusals := c.refusals()
-	for _, line := range refusals[:min(explained, len(refusals))] {
+	for _, line := range r.refusals[:min(explained, len(r.refusals))] {
 		c.t.Log("a right is lacking: " + line)
 	}
 	told := make(map[string]bool)

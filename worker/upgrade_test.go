@@ -302,6 +302,7 @@ func (l *installation) produce(t *testing.T, redisURL string, pause time.Duratio
 			}
 		})
 	}
-	t.Cleanup(func() { cancel(); producers.Wait() })
-	return func() { cancel(); producers.Wait() }
+	stop = func() { cancel(); producers.Wait() }
+	t.Cleanup(stop)
+	return stop
 }

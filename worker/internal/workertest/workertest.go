@@ -54,8 +54,7 @@ func (quiet) Printf(context.Context, string, ...any) {}
 func build(path string) (string, error) {
 	cmd := exec.Command("go", "build", "-o", path, program)
 	if raceEnabled {
-		cmd = exec.Command("go", "build", "-race", "-o", path, program)
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=1", "GOFLAGS=") // as the test was compiled
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=1", "GOFLAGS=-race") // as the test was compiled
 	}
 	out, err := cmd.CombinedOutput()
 	if err != nil {
